@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
+pub mod logging;
+pub mod node;
 pub mod openvpn;
+pub mod rfc3339;
 pub mod wireguard;
 
 /// Runs the daemon until a signal ends it; the result is the exit status.
