@@ -103,6 +103,11 @@ impl fmt::Debug for PublicKey {
         fmt::Display::fmt(self, f)
     }
 }
+impl fmt::Display for ParseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
 impl FromStr for AllowedIp {
     type Err = ParseError;
     fn from_str(_: &str) -> Result<Self, ParseError> {
