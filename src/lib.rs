@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+pub mod head;
 pub mod openvpn;
 pub mod wireguard;
 
