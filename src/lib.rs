@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 pub mod api;
 pub mod cli;
+pub mod head;
 pub mod logging;
 pub mod node;
 pub mod openvpn;
