@@ -112,10 +112,7 @@ impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
                 })
                 .collect(),
             failed: (listing.failed.iter())
-                .map(|failure| Failed {
-                    socket: &failure.socket,
-                    error: failure.error.to_string(),
-                })
+                .map(|failure| Failed { socket: &failure.socket, error: failure.error.to_string() })
                 .collect(),
         }
     }
@@ -133,10 +130,7 @@ pub struct Error {
 impl Error {
     /// An error of the caller's or the daemon's own making.
     pub fn new(status: u16, sentence: impl Into<String>) -> Self {
-        Self {
-            status,
-            sentence: sentence.into(),
-        }
+        Self { status, sentence: sentence.into() }
     }
 
     /// The body of the answer: `{"error":"…"}`.
@@ -152,19 +146,13 @@ pub fn error_body(sentence: &str) -> String {
 
 impl From<wireguard::Error> for Error {
     fn from(error: wireguard::Error) -> Self {
-        Self::new(
-            if error.is_timeout() { 504 } else { 502 },
-            error.to_string(),
-        )
+        Self::new(if error.is_timeout() { 504 } else { 502 }, error.to_string())
     }
 }
 
 impl From<openvpn::Error> for Error {
     fn from(error: openvpn::Error) -> Self {
-        Self::new(
-            if error.is_timeout() { 504 } else { 502 },
-            error.to_string(),
-        )
+        Self::new(if error.is_timeout() { 504 } else { 502 }, error.to_string())
     }
 }
 
@@ -188,34 +176,20 @@ mod tests {
     #[test]
     fn a_peer_is_as_in_the_contract() {
         let peer = wireguard::Peer {
-            public_key: "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ="
-                .parse()
-                .unwrap(),
-            allowed_ips: vec![
-                "10.43.43.2/32".parse().unwrap(),
-                "fd43::2/128".parse().unwrap(),
-            ],
+            public_key: "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=".parse().unwrap(),
+            allowed_ips: vec!["10.43.43.2/32".parse().unwrap(), "fd43::2/128".parse().unwrap()],
             last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_640_698_264)),
             rx_bytes: 19732,
             tx_bytes: 32364,
         };
-        let list = PeerList {
-            peer_list: vec![Peer::from(&peer)],
-        };
+        let list = PeerList { peer_list: vec![Peer::from(&peer)] };
         assert_eq!(
             json(&list),
             r#"{"peer_list":[{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ="}]}"#
         );
-        let never_seen = wireguard::Peer {
-            last_handshake: None,
-            allowed_ips: vec![],
-            ..peer
-        };
+        let never_seen = wireguard::Peer { last_handshake: None, allowed_ips: vec![], ..peer };
         let text = json(&Peer::from(&never_seen));
-        assert!(
-            text.contains(r#""ip_net":[],"last_handshake_time":null,"#),
-            "{text}"
-        );
+        assert!(text.contains(r#""ip_net":[],"last_handshake_time":null,"#), "{text}");
         assert_eq!(json(&PeerList { peer_list: vec![] }), r#"{"peer_list":[]}"#);
     }
 
@@ -258,9 +232,6 @@ mod tests {
 
     #[test]
     fn an_error_is_one_sentence_in_json() {
-        assert_eq!(
-            error_body("`x\"y` is \\ wrong"),
-            r#"{"error":"`x\"y` is \\ wrong"}"#
-        );
+        assert_eq!(error_body("`x\"y` is \\ wrong"), r#"{"error":"`x\"y` is \\ wrong"}"#);
     }
 }

@@ -73,10 +73,7 @@ pub struct UsageError(String);
 impl Default for Options {
     fn default() -> Self {
         Self {
-            listen: ListenAddress {
-                host: Some("127.0.0.1".into()),
-                port: 41194,
-            },
+            listen: ListenAddress { host: Some("127.0.0.1".into()), port: 41194 },
             wg_device: "wg0".into(),
             openvpn_dir: "/run/openvpn-server".into(),
             max_connections: 256,
@@ -128,21 +125,15 @@ fn checked<T: FromStr<Err: fmt::Display>>(flag: &str, value: OsString) -> Result
     let value = value.into_string().map_err(|value| {
         UsageError(format!("-{flag} {}: is not UTF-8", value.to_string_lossy()))
     })?;
-    value
-        .parse()
-        .map_err(|error| UsageError(format!("-{flag} {value}: {error}")))
+    value.parse().map_err(|error| UsageError(format!("-{flag} {value}: {error}")))
 }
 
 impl FromStr for ListenAddress {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (host, port) = text
-            .rsplit_once(':')
-            .ok_or("has no port; write HOST:PORT or :PORT")?;
-        let port = port
-            .parse()
-            .map_err(|_| "the port is not a number from 0 to 65535")?;
+        let (host, port) = text.rsplit_once(':').ok_or("has no port; write HOST:PORT or :PORT")?;
+        let port = port.parse().map_err(|_| "the port is not a number from 0 to 65535")?;
         let host = match host {
             "" => None,
             _ if host.starts_with('[') => Some(
@@ -202,10 +193,7 @@ mod tests {
     #[test]
     fn one_dash_and_two_a_space_and_an_equals_sign() {
         let expected = Options {
-            listen: ListenAddress {
-                host: None,
-                port: 41194,
-            },
+            listen: ListenAddress { host: None, port: 41194 },
             wg_device: "wg1".into(),
             openvpn_dir: "/tmp/o".into(),
             max_connections: 7,
@@ -220,10 +208,7 @@ mod tests {
         }
         assert_eq!(options(""), Options::default());
         assert_eq!(parse_words("-version"), Ok(Command::Version));
-        assert_eq!(
-            parse_words("-listen :1 --help -nonsense"),
-            Ok(Command::Help)
-        );
+        assert_eq!(parse_words("-listen :1 --help -nonsense"), Ok(Command::Help));
         assert_eq!(parse_words("-h"), Ok(Command::Help));
     }
 
@@ -260,10 +245,7 @@ mod tests {
         ] {
             let error = parse_words(line).expect_err(line);
             assert!(error.contains(part), "{line}: {error}");
-            assert!(
-                !error.contains('\n') && !error.contains("--"),
-                "{line}: {error}"
-            );
+            assert!(!error.contains('\n') && !error.contains("--"), "{line}: {error}");
         }
     }
 }

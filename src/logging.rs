@@ -70,23 +70,13 @@ mod tests {
     #[test]
     fn one_event_is_one_line() {
         assert_eq!(one_line("peer wg0 é ☃"), "peer wg0 é ☃");
-        assert_eq!(
-            one_line("a\nb\r\tc\u{1b}[31m\0\u{85}"),
-            "a\\nb\\r\\tc\\u{1b}[31m\\u{0}\\u{85}"
-        );
+        assert_eq!(one_line("a\nb\r\tc\u{1b}[31m\0\u{85}"), "a\\nb\\r\\tc\\u{1b}[31m\\u{0}\\u{85}");
     }
 
     #[test]
     fn priorities_are_those_of_syslog() {
         assert_eq!(
-            [
-                Level::Error,
-                Level::Warn,
-                Level::Info,
-                Level::Debug,
-                Level::Trace
-            ]
-            .map(priority),
+            [Level::Error, Level::Warn, Level::Info, Level::Debug, Level::Trace].map(priority),
             [3, 4, 6, 7, 7]
         );
     }

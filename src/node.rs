@@ -34,9 +34,7 @@ pub fn cpu_count() -> u64 {
         // More CPUs than the mask of nix holds (1024).
         return std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     };
-    let count = (0..CpuSet::count())
-        .filter(|cpu| allowed.is_set(*cpu).unwrap_or(false))
-        .count();
+    let count = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).count();
     count.max(1) as u64
 }
 
@@ -47,10 +45,7 @@ pub fn load_average() -> Option<[Load; 3]> {
 
 /// Whole seconds since boot; 0 where `/proc/uptime` cannot be read.
 pub fn uptime() -> u64 {
-    fs::read_to_string("/proc/uptime")
-        .ok()
-        .and_then(|text| parse_uptime(&text))
-        .unwrap_or(0)
+    fs::read_to_string("/proc/uptime").ok().and_then(|text| parse_uptime(&text)).unwrap_or(0)
 }
 
 /// Whether the operator has taken the node out of service.
@@ -71,9 +66,7 @@ fn parse_load(text: &str) -> Option<Load> {
     }
     let whole: u64 = whole.parse().ok()?;
     let decimals: u64 = decimals.parse().ok()?;
-    Some(Load {
-        hundredths: whole.checked_mul(100)?.checked_add(decimals)?,
-    })
+    Some(Load { hundredths: whole.checked_mul(100)?.checked_add(decimals)? })
 }
 
 fn parse_uptime(text: &str) -> Option<u64> {
@@ -97,14 +90,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_no_load() {
-        for text in [
-            "",
-            "0.55",
-            "0.55 0.76",
-            "a.bc 0.00 0.00",
-            "0.5 0.7 0.7",
-            "-0.55 0.76 0.75",
-        ] {
+        for text in ["", "0.55", "0.55 0.76", "a.bc 0.00 0.00", "0.5 0.7 0.7", "-0.55 0.76 0.75"] {
             assert_eq!(parse_load_average(text), None, "{text:?}");
         }
         assert_eq!(parse_load("99999999999999999999.00"), None);
@@ -121,10 +107,7 @@ mod tests {
     #[test]
     fn this_machine_has_cpus() {
         let all = fs::read_to_string("/proc/cpuinfo").unwrap();
-        let online = all
-            .lines()
-            .filter(|line| line.starts_with("processor"))
-            .count() as u64;
+        let online = all.lines().filter(|line| line.starts_with("processor")).count() as u64;
         assert!((1..=online).contains(&cpu_count()));
     }
 }

@@ -31,17 +31,17 @@ pub struct Node {
 
 /// A request whose head is complete and checked.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct Request {
     /// `GET`, `POST`, …
-    pub method: &'a str,
+    pub method: String,
     /// Path and query as sent.
-    pub target: &'a str,
+    pub target: String,
     /// Value of the `Content-Type` header.
-    pub content_type: Option<&'a str>,
+    pub content_type: Option<String>,
     /// Whether there is an `Origin` header: a browser page is calling.
     pub has_origin: bool,
     /// Who asks, for the log.
-    pub caller: &'a str,
+    pub caller: String,
 }
 
 /// What the client is told.
@@ -57,29 +57,22 @@ pub enum Answer {
     MethodNotAllowed(&'static str),
 }
 
-impl<'a> Request<'a> {
-    fn path(&self) -> &'a str {
-        self.target
-            .split_once('?')
-            .map_or(self.target, |(path, _)| path)
+impl Request {
+    fn path(&self) -> &str {
+        self.target.split_once('?').map_or(self.target.as_str(), |(path, _)| path)
     }
 
     fn query(&self) -> Parameters {
         let query = self.target.split_once('?').map_or("", |(_, query)| query);
-        Parameters(
-            form_urlencoded::parse(query.as_bytes())
-                .into_owned()
-                .collect(),
-        )
+        Parameters(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
     }
 
     /// Whether the answer needs neither a body nor a backend, so that it is there at once.
     pub fn is_immediate(&self) -> bool {
-        match (self.method, self.path()) {
-            ("GET" | "HEAD", "/i/node") => !matches!(
-                self.query().yes_or_no("include_client_peer_count"),
-                Ok(true)
-            ),
+        match (self.method.as_str(), self.path()) {
+            ("GET" | "HEAD", "/i/node") => {
+                !matches!(self.query().yes_or_no("include_client_peer_count"), Ok(true))
+            }
             ("GET" | "HEAD", _) => !self.path().ends_with("_list"),
             _ => false,
         }
@@ -88,13 +81,13 @@ impl<'a> Request<'a> {
 
 /// Answers one request. `body` is read only by calls that take one; it yields at most as many
 /// bytes as the front door lets through for the call.
-pub fn answer(node: &Node, request: &Request<'_>, body: &mut dyn Read) -> Answer {
+pub fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
     if request.has_origin {
         let sentence = "the request carries an Origin header: this API is not for browser pages";
         return Answer::Failure(Error::new(403, sentence));
     }
     let deadline = Instant::now() + BACKEND_BUDGET;
-    let answer = match (request.method, request.path()) {
+    let answer = match (request.method.as_str(), request.path()) {
         ("GET" | "HEAD", "/i/node") => node_info(node, request, deadline),
         ("GET" | "HEAD", "/w/peer_list") => peer_list(node, request, deadline),
         ("GET" | "HEAD", "/o/connection_list") => connection_list(node, deadline),
@@ -112,7 +105,7 @@ pub fn answer(node: &Node, request: &Request<'_>, body: &mut dyn Read) -> Answer
     answer.unwrap_or_else(Answer::Failure)
 }
 
-fn node_info(node: &Node, request: &Request<'_>, deadline: Instant) -> Result<Answer, Error> {
+fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
     let with_counts = request.query().yes_or_no("include_client_peer_count")?;
     let mut info = api::Node::new(node.cpu_count, node::load_average());
     if with_counts {
@@ -126,10 +119,7 @@ fn node_info(node: &Node, request: &Request<'_>, deadline: Instant) -> Result<An
             }
             Ok(Ok(listing)) => {
                 for failure in &listing.failed {
-                    warn!(
-                        "no count of OpenVPN clients: {}: {}",
-                        failure.socket, failure.error
-                    );
+                    warn!("no count of OpenVPN clients: {}: {}", failure.socket, failure.error);
                 }
             }
             Ok(Err(error)) => warn!("no count of OpenVPN clients: {error}"),
@@ -146,22 +136,19 @@ fn node_info(node: &Node, request: &Request<'_>, deadline: Instant) -> Result<An
     json(&info)
 }
 
-fn peer_list(node: &Node, request: &Request<'_>, deadline: Instant) -> Result<Answer, Error> {
+fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
     let show_all = request.query().yes_or_no("show_all")?;
     let peers = node.wireguard.peers(deadline)?;
     let now = SystemTime::now();
     let shown = peers.iter().filter(|peer| show_all || online(peer, now));
-    json(&api::PeerList {
-        peer_list: shown.map(api::Peer::from).collect(),
-    })
+    json(&api::PeerList { peer_list: shown.map(api::Peer::from).collect() })
 }
 
-fn add_peer(node: &Node, request: &Request<'_>, body: &mut dyn Read) -> Result<Answer, Error> {
+fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
     let allowed_ips: Vec<AllowedIp> = form.at_least_once("ip_net")?;
-    node.wireguard
-        .add_peer(&public_key, &allowed_ips, Instant::now() + BACKEND_BUDGET)?;
+    node.wireguard.add_peer(&public_key, &allowed_ips, Instant::now() + BACKEND_BUDGET)?;
     let texts: Vec<_> = allowed_ips.iter().map(ToString::to_string).collect();
     info!(
         "peer {public_key} on {}: set to allowed IPs {}, asked by {}",
@@ -172,12 +159,10 @@ fn add_peer(node: &Node, request: &Request<'_>, body: &mut dyn Read) -> Result<A
     Ok(Answer::NoContent)
 }
 
-fn remove_peer(node: &Node, request: &Request<'_>, body: &mut dyn Read) -> Result<Answer, Error> {
+fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
-    let removed = node
-        .wireguard
-        .remove_peer(&public_key, Instant::now() + BACKEND_BUDGET)?;
+    let removed = node.wireguard.remove_peer(&public_key, Instant::now() + BACKEND_BUDGET)?;
     let Some(peer) = removed else {
         return Ok(Answer::NoContent);
     };
@@ -195,59 +180,38 @@ fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
     json(&api::ConnectionList::from(&node.openvpn.clients(deadline)?))
 }
 
-fn disconnect_client(
-    node: &Node,
-    request: &Request<'_>,
-    body: &mut dyn Read,
-) -> Result<Answer, Error> {
+fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let name: CommonName = form.once("common_name")?;
-    let count = node
-        .openvpn
-        .disconnect(&name, Instant::now() + BACKEND_BUDGET)?;
+    let count = node.openvpn.disconnect(&name, Instant::now() + BACKEND_BUDGET)?;
     if count > 0 {
-        info!(
-            "client {:?}: {count} disconnected, asked by {}",
-            name.as_str(),
-            request.caller
-        );
+        info!("client {:?}: {count} disconnected, asked by {}", name.as_str(), request.caller);
     }
     Ok(Answer::NoContent)
 }
 
 fn online(peer: &wireguard::Peer, now: SystemTime) -> bool {
     // A handshake in the future is one from before the clock was set back.
-    peer.last_handshake
-        .is_some_and(|seen| now.duration_since(seen).unwrap_or_default() <= ONLINE)
+    peer.last_handshake.is_some_and(|seen| now.duration_since(seen).unwrap_or_default() <= ONLINE)
 }
 
 fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
     match serde_json::to_vec(value) {
         Ok(body) => Ok(Answer::Json(body)),
-        Err(error) => Err(Error::new(
-            500,
-            format!("the answer could not be written: {error}"),
-        )),
+        Err(error) => Err(Error::new(500, format!("the answer could not be written: {error}"))),
     }
 }
 
-fn read_form(request: &Request<'_>, body: &mut dyn Read) -> Result<Parameters, Error> {
-    let media_type = request
-        .content_type
-        .and_then(|value| value.split(';').next())
-        .map(str::trim);
+fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error> {
+    let media_type = request.content_type.as_deref().and_then(|value| value.split(';').next());
+    let media_type = media_type.map(str::trim);
     if !media_type.is_some_and(|media_type| media_type.eq_ignore_ascii_case(FORM)) {
-        return Err(Error::new(
-            415,
-            format!("{} takes a body of type {FORM}", request.path()),
-        ));
+        return Err(Error::new(415, format!("{} takes a body of type {FORM}", request.path())));
     }
     let mut bytes = Vec::new();
     body.read_to_end(&mut bytes)
         .map_err(|error| Error::new(400, format!("the body could not be read: {error}")))?;
-    Ok(Parameters(
-        form_urlencoded::parse(&bytes).into_owned().collect(),
-    ))
+    Ok(Parameters(form_urlencoded::parse(&bytes).into_owned().collect()))
 }
 
 /// Names and values of a query or form, in order.
@@ -255,10 +219,7 @@ struct Parameters(Vec<(String, String)>);
 
 impl Parameters {
     fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
-        self.0
-            .iter()
-            .filter(move |(key, _)| key == name)
-            .map(|(_, value)| value.as_str())
+        self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
     fn at_most_once(&self, name: &'static str) -> Result<Option<&str>, Error> {
@@ -286,10 +247,8 @@ impl Parameters {
     }
 
     fn at_least_once<T: Parameter>(&self, name: &'static str) -> Result<Vec<T>, Error> {
-        let values: Vec<T> = self
-            .all(name)
-            .map(|value| checked(name, value))
-            .collect::<Result<_, _>>()?;
+        let values: Vec<T> =
+            self.all(name).map(|value| checked(name, value)).collect::<Result<_, _>>()?;
         match values.is_empty() {
             false => Ok(values),
             true => Err(Error::new(400, format!("`{name}` is missing"))),
@@ -313,11 +272,7 @@ mod tests {
     use super::*;
 
     fn parameters(text: &str) -> Parameters {
-        Parameters(
-            form_urlencoded::parse(text.as_bytes())
-                .into_owned()
-                .collect(),
-        )
+        Parameters(form_urlencoded::parse(text.as_bytes()).into_owned().collect())
     }
 
     #[test]
@@ -344,21 +299,12 @@ mod tests {
     #[test]
     fn errors_name_the_parameter() {
         let form = parameters("n=1&n=2&m=x");
-        assert_eq!(
-            form.once::<u8>("n").unwrap_err().sentence,
-            "`n` must not be repeated"
-        );
+        assert_eq!(form.once::<u8>("n").unwrap_err().sentence, "`n` must not be repeated");
         assert_eq!(form.once::<u8>("o").unwrap_err().sentence, "`o` is missing");
-        assert_eq!(
-            form.at_least_once::<u8>("o").unwrap_err().sentence,
-            "`o` is missing"
-        );
+        assert_eq!(form.at_least_once::<u8>("o").unwrap_err().sentence, "`o` is missing");
         assert_eq!(form.at_least_once::<u8>("n").unwrap(), [1, 2]);
         let error = form.once::<u8>("m").unwrap_err();
-        assert_eq!(
-            error,
-            Error::new(400, "`m` invalid digit found in string: \"x\"")
-        );
+        assert_eq!(error, Error::new(400, "`m` invalid digit found in string: \"x\""));
         let long = parameters(&format!("n={}", "x".repeat(60_000)));
         assert!(long.once::<u8>("n").unwrap_err().sentence.len() < 200);
     }
@@ -376,11 +322,11 @@ mod tests {
             ("GET", "/nothing", true),
         ] {
             let request = Request {
-                method,
-                target,
+                method: method.to_owned(),
+                target: target.to_owned(),
                 content_type: None,
                 has_origin: false,
-                caller: "test",
+                caller: String::new(),
             };
             assert_eq!(request.is_immediate(), expected, "{method} {target}");
         }
