@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 pub mod openvpn;
+pub mod tls;
 pub mod wireguard;
 
 /// Runs the daemon until a signal ends it; the result is the exit status.
