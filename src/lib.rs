@@ -10,6 +10,7 @@ pub mod openvpn;
 pub mod rfc3339;
 pub mod routes;
 pub mod server;
+pub mod tls;
 pub mod wireguard;
 
 use std::fmt;

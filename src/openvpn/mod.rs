@@ -65,10 +65,7 @@ impl OpenVpn {
     /// Clients of all processes. Answers or fails by `deadline`.
     pub fn clients(&self, deadline: Instant) -> Result<Listing, Error> {
         let _ = deadline;
-        Ok(Listing {
-            clients: Vec::new(),
-            failed: Vec::new(),
-        })
+        Ok(Listing { clients: Vec::new(), failed: Vec::new() })
     }
     /// Disconnects all clients of that name from all processes, even when some processes
     /// fail. Returns how many were disconnected.
