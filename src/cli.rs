@@ -81,6 +81,12 @@ impl Default for Options {
     }
 }
 
+/// Where the TLS credentials lie; `None`: plain HTTP. A variable that is set but empty is a
+/// directory that cannot be read, never plain HTTP.
+pub fn credentials_directory() -> Option<PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from)
+}
+
 /// Reads the arguments, the program's name not among them.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(arguments.into_iter().map(two_dashes));

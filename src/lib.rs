@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
 
 use log::{error, info, warn};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -42,6 +43,7 @@ const OTHER_DESCRIPTORS: u64 = 1024;
 enum Error {
     Usage(cli::UsageError),
     Bind(listener::BindError),
+    Tls(tls::Error),
     Start { what: &'static str, error: io::Error },
     HttpServer,
 }
@@ -51,6 +53,7 @@ impl fmt::Display for Error {
         match self {
             Self::Usage(error) => error.fmt(f),
             Self::Bind(error) => error.fmt(f),
+            Self::Tls(error) => error.fmt(f),
             Self::Start { what, error } => write!(f, "cannot {what}: {error}"),
             Self::HttpServer => write!(f, "the HTTP server has given up"),
         }
@@ -92,6 +95,10 @@ fn serve(options: Options) -> Result<(), Error> {
     signals
         .thread_block()
         .map_err(|errno| Error::Start { what: "block signals", error: errno.into() })?;
+    let tls = cli::credentials_directory()
+        .map(|directory| tls::Tls::open(&directory).map(Arc::new))
+        .transpose()
+        .map_err(Error::Tls)?;
     let limit = raise_open_files(options.max_connections);
     let tcp = listener::bind_tcp(&options.listen).map_err(Error::Bind)?;
     let address = tcp.local_addr().map_err(Error::start("tell the address"))?;
@@ -111,12 +118,18 @@ fn serve(options: Options) -> Result<(), Error> {
         let _ = kill(Pid::this(), Signal::SIGTERM);
     })
     .map_err(Error::start("start the HTTP server"))?;
-    let front_door =
-        FrontDoor::open(tcp, limit, inner).map_err(Error::start("start the front door"))?;
-    info!("listening on http://{address}");
+    let front_door = FrontDoor::open(tcp, limit, inner, tls.clone())
+        .map_err(Error::start("start the front door"))?;
+    match &tls {
+        Some(_) => info!("listening on https://{address}"),
+        None => info!("listening on http://{address}"),
+    }
+    if let Some(tls) = &tls {
+        tls.log_findings(SystemTime::now());
+    }
     loop {
         match signals.wait() {
-            Ok(Signal::SIGHUP) => info!("SIGHUP: there are no certificates to read again"),
+            Ok(Signal::SIGHUP) => reload(tls.as_deref()),
             Ok(signal) if !gave_up.load(Ordering::Acquire) => {
                 info!("{signal}: stopping");
                 break;
@@ -129,6 +142,17 @@ fn serve(options: Options) -> Result<(), Error> {
     match gave_up.load(Ordering::Acquire) {
         true => Err(Error::HttpServer),
         false => Ok(()),
+    }
+}
+
+fn reload(tls: Option<&tls::Tls>) {
+    match tls.map(tls::Tls::reload) {
+        None => info!("SIGHUP: no credentials to read again, CREDENTIALS_DIRECTORY is not set"),
+        Some(Ok(())) => info!("SIGHUP: new connections use the credentials as they are now"),
+        Some(Err(error)) => error!("SIGHUP: the old credentials stay in force: {error}"),
+    }
+    if let Some(tls) = tls {
+        tls.log_findings(SystemTime::now());
     }
 }
 

@@ -8,7 +8,7 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use relay::{Client, Stream};
 use table::{Place, Table};
 
 use crate::cli::ListenAddress;
+use crate::tls::{ClientName, Refusal, Throttle, Tls};
 
 /// For a TLS handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
@@ -90,17 +91,29 @@ pub struct FrontDoor {
 struct Shared {
     table: Arc<Table>,
     inner: Inner,
+    tls: Option<Arc<Tls>>,
+    refusals: Mutex<Throttle>,
 }
 
 impl FrontDoor {
-    /// Serves the connections of `listener`, at most `limit` at a time, by way of `inner`.
-    pub fn open(listener: TcpListener, limit: usize, inner: Inner) -> io::Result<Self> {
+    /// Serves the connections of `listener`, at most `limit` at a time, by way of `inner`; over
+    /// TLS where there are credentials.
+    ///
+    /// # Errors
+    /// When the process has no descriptors or threads left.
+    pub fn open(
+        listener: TcpListener,
+        limit: usize,
+        inner: Inner,
+        tls: Option<Arc<Tls>>,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let shared = Arc::new(Shared { table: Table::new(limit), inner });
+        let (table, refusals) = (Table::new(limit), Mutex::default());
+        let shared = Arc::new(Shared { table, inner, tls, refusals });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let watched = Arc::clone(&shared);
         spawn("deadlines", move || {
-            watched.table.watch_deadlines(|_| watched.inner.trim());
+            watched.table.watch_deadlines(|| watched.inner.trim());
         })?;
         let (accepting, ended) = (Arc::clone(&shared), Arc::clone(&stop));
         let accepting = spawn("accept", move || accept_loop(&listener, &accepting, &ended))?;
@@ -168,9 +181,57 @@ fn admit(stream: TcpStream, address: SocketAddr, shared: &Arc<Shared>) {
     }
 }
 
-fn serve(stream: &Arc<TcpStream>, address: SocketAddr, place: &Place, shared: &Shared) {
-    let client = Client { address: canonical(address).to_string(), name: None };
-    relay::serve(Plain(Arc::clone(stream)), place, &shared.inner, &client);
+fn serve(socket: &Arc<TcpStream>, address: SocketAddr, place: &Place, shared: &Shared) {
+    let plain = Plain(Arc::clone(socket));
+    let address = canonical(address).to_string();
+    let Some(tls) = &shared.tls else {
+        let client = Client { address, name: None };
+        return relay::serve(plain, place, &shared.inner, &client);
+    };
+    let started = Instant::now();
+    match shake_hands(tls, plain) {
+        Ok(stream) => {
+            let certificate = stream.0.conn.peer_certificates().and_then(|chain| chain.first());
+            let name = certificate.and_then(ClientName::of).map(|name| name.to_string());
+            relay::serve(stream, place, &shared.inner, &Client { address, name });
+        }
+        // The socket was shut down under the handshake, which looks like a client that left.
+        Err(_) if started.elapsed() >= HANDSHAKE_TIME => {
+            shared.log_refusal(&address, &io::ErrorKind::TimedOut.into());
+        }
+        Err(error) => shared.log_refusal(&address, &error),
+    }
+}
+
+fn shake_hands(tls: &Tls, socket: Plain) -> io::Result<Tunnel> {
+    let mut tunnel = Tunnel(rustls::StreamOwned::new(
+        rustls::ServerConnection::new(tls.config()).map_err(io::Error::other)?,
+        socket,
+    ));
+    let rustls::StreamOwned { conn, sock } = &mut tunnel.0;
+    while conn.is_handshaking() {
+        if let Err(error) = conn.complete_io(sock) {
+            // The alert that says why is sent already; what the client sends meanwhile must not
+            // reset the connection before it is read.
+            relay::farewell(sock);
+            return Err(error);
+        }
+    }
+    Ok(tunnel)
+}
+
+impl Shared {
+    fn log_refusal(&self, address: &str, error: &io::Error) {
+        let refusal = Refusal::from(error);
+        let mut throttle = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        match throttle.admit(refusal.reason, Instant::now()) {
+            None => {}
+            Some(0) => warn!("refused handshake of {address}: {refusal}"),
+            Some(more) => {
+                warn!("refused handshake of {address}: {refusal}; {more} more for that reason");
+            }
+        }
+    }
 }
 
 /// An IPv4 client on a socket for both families shows as `::ffff:192.0.2.1`.
@@ -200,5 +261,33 @@ impl Stream for Plain {
     fn finish(&mut self) {
         // An error means that the client was faster.
         let _ = self.0.shutdown(std::net::Shutdown::Write);
+    }
+}
+
+/// A TLS connection after its handshake.
+struct Tunnel(rustls::StreamOwned<rustls::ServerConnection, Plain>);
+
+impl io::Read for Tunnel {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl io::Write for Tunnel {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.0.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Stream for Tunnel {
+    fn finish(&mut self) {
+        self.0.conn.send_close_notify();
+        // An error means that the client was faster.
+        let _ = io::Write::flush(&mut self.0);
+        self.0.sock.finish();
     }
 }

@@ -132,17 +132,14 @@ impl Table {
     }
 
     /// Closes connections whose time is over. Runs for the life of the process; `tick` is called
-    /// now and then while there are connections, and once after the last has gone.
-    pub(super) fn watch_deadlines(&self, tick: impl Fn(bool)) -> ! {
+    /// now and then while there are connections, and twice more when there are none.
+    pub(super) fn watch_deadlines(&self, tick: impl Fn()) -> ! {
+        let mut quiet_ticks = 0;
         loop {
             let mut state = self.lock();
-            while state.slots.is_empty() {
-                drop(state);
-                tick(false);
-                state = self.lock();
-                if state.slots.is_empty() {
-                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
+            quiet_ticks = if state.slots.is_empty() { quiet_ticks + 1 } else { 0 };
+            while quiet_ticks > 2 && state.slots.is_empty() {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             let now = Instant::now();
             let grace_is_over = state.stop_at.is_some_and(|at| now >= at + STOP_GRACE);
@@ -152,7 +149,7 @@ impl Table {
                 }
             }
             drop(state);
-            tick(true);
+            tick();
             std::thread::sleep(TICK);
         }
     }
