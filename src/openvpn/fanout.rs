@@ -56,7 +56,7 @@ pub(super) fn ask<D: Dialogue>(
     let mut open = calls.len();
     let mut blocked: Vec<usize> = Vec::new();
     let mut retry_at = Instant::now();
-    while open > 0 {
+    loop {
         let mut due = waker.take();
         let now = Instant::now();
         if now >= deadline {
@@ -78,6 +78,9 @@ pub(super) fn ask<D: Dialogue>(
                     open -= 1;
                 }
             }
+        }
+        if open == 0 {
+            break;
         }
         let until = if blocked.is_empty() {
             deadline
