@@ -124,8 +124,8 @@ impl Checker {
                 Verdict::Complete(head)
             }
             Ok(None) if window.len() < MAX_HEAD => Verdict::Incomplete,
-            Ok(None) => Verdict::Refused(too_large("The request head is over 16 KiB.")),
-            Err(refusal) => Verdict::Refused(refusal),
+            Ok(None) => Verdict::Refused(refusal(431, "the request head is over 16 KiB")),
+            Err(why) => Verdict::Refused(why),
         }
     }
 
@@ -133,22 +133,27 @@ impl Checker {
         while let Some(&byte) = window.get(self.scanned) {
             match byte {
                 b'\n' if self.after_cr => {
-                    let line = window.get(self.line_start..self.scanned - 1).unwrap_or_default();
+                    let line = window.get(self.line_start..self.scanned - 1);
                     // The bytes were found to be ASCII below.
-                    let line = str::from_utf8(line).map_err(|_| bad(NOT_ASCII))?;
-                    if line.is_empty() && self.request.is_some() {
-                        return self.finish().map(Some);
+                    let line = str::from_utf8(line.unwrap_or_default());
+                    let line = line.map_err(|_| bad(NOT_ASCII))?;
+                    match &self.request {
+                        Some(request) if line.is_empty() => return self.finish(request).map(Some),
+                        Some(_) => self.fields.take(line)?,
+                        // RFC 9112, 2.2: one empty line ahead of a request is to be ignored (old
+                        // clients send it after a body).
+                        None if line.is_empty() && self.line_start == 0 => {}
+                        None => self.request = Some(RequestLine::parse(line)?),
                     }
-                    self.line(line)?;
                     self.line_start = self.scanned + 1;
                 }
-                b'\n' => return Err(bad("A line of the request head ends in LF without CR.")),
+                b'\n' => return Err(bad("a line of the request head ends in LF without CR")),
                 _ if self.after_cr => {
-                    return Err(bad("The request head contains a CR without LF."));
+                    return Err(bad("the request head contains a CR without LF"));
                 }
                 b'\r' | b'\t' | b' '..=b'~' => {}
                 0x80.. => return Err(bad(NOT_ASCII)),
-                _ => return Err(bad("The request head contains a control character.")),
+                _ => return Err(bad("the request head contains a control character")),
             }
             self.after_cr = byte == b'\r';
             self.scanned += 1;
@@ -156,89 +161,56 @@ impl Checker {
         Ok(None)
     }
 
-    fn line(&mut self, line: &str) -> Result<(), Refusal> {
-        if self.request.is_some() {
-            return self.fields.take(line);
-        }
-        // RFC 9112, 2.2: one empty line ahead of a request is to be ignored (old clients send
-        // it after a body).
-        if !(line.is_empty() && self.line_start == 0) {
-            self.request = Some(RequestLine::parse(line)?);
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self) -> Result<Head, Refusal> {
-        let fields = &self.fields;
-        let Some(RequestLine { method, target, http10 }) = &self.request else {
-            return Err(bad(NOT_A_REQUEST_LINE));
-        };
-        let (is_post, is_head) = (method == "POST", method == "HEAD");
-        if fields.transfer_encoding {
-            // With a length besides it is an attempt at smuggling, not a client to be taught.
-            return Err(if is_post && fields.content_length.is_none() {
-                Refusal {
-                    status: 411,
-                    reason: "Transfer-Encoding is not taken; send the body with Content-Length.",
-                }
-            } else {
-                bad("Transfer-Encoding is not taken.")
-            });
-        }
+    fn finish(&self, request: &RequestLine) -> Result<Head, Refusal> {
+        let (fields, http10) = (&self.fields, request.http10);
+        let content_length = self.body_length(request)?;
         if !http10 && !fields.host {
-            return Err(bad("The header Host is missing, which HTTP/1.1 requires."));
+            return Err(bad("the header Host is missing, which HTTP/1.1 requires"));
         }
-        let path = target.split('?').next().unwrap_or_default();
-        let limit = if is_post && path == SYNC_PEERS { MAX_SYNC } else { MAX_FORM };
-        match fields.content_length {
-            None if is_post => {
-                return Err(Refusal {
-                    status: 411,
-                    reason: "The header Content-Length is missing.",
-                });
-            }
-            Some(1..) if is_head || method == "GET" => {
-                return Err(bad(
-                    "A GET or HEAD request takes no body, but Content-Length is not 0.",
-                ));
-            }
-            Some(length) if length > limit => {
-                let reason = if limit == MAX_SYNC {
-                    "The body is over 32 MiB."
-                } else {
-                    "The body is over 64 KiB."
-                };
-                return Err(Refusal { status: 413, reason });
-            }
-            _ => {}
-        }
-        let content_length = fields.content_length.unwrap_or(0);
-
-        let version = if *http10 { "HTTP/1.0" } else { "HTTP/1.1" };
-        let mut lines = format!("{method} {target} {version}\r\n{}", fields.passed);
+        let mut lines = format!("{}\r\n{}", request.line, fields.passed);
         if fields.content_length.is_some() {
             lines.push_str(&format!("Content-Length: {content_length}\r\n"));
         }
-        if *http10 {
+        if http10 {
             lines.push_str("Connection: keep-alive\r\n");
         }
         Ok(Head {
             length: self.scanned + 1,
-            method: method.clone(),
-            target: target.clone(),
+            method: request.method.clone(),
+            target: request.target.clone(),
             content_length,
             keep_alive: !fields.close && (fields.keep_alive || !http10),
             // RFC 9110, 10.1.1: to be ignored from an HTTP/1.0 client, and without a body.
             expect_continue: fields.expect && !http10 && content_length > 0,
-            http10: *http10,
-            is_head,
+            http10,
+            is_head: request.method == "HEAD",
             lines,
         })
+    }
+
+    fn body_length(&self, request: &RequestLine) -> Result<u64, Refusal> {
+        let method = request.method.as_str();
+        let path = request.target.split('?').next();
+        let (limit, over) = if method == "POST" && path == Some(SYNC_PEERS) {
+            (MAX_SYNC, "the body is over 32 MiB")
+        } else {
+            (MAX_FORM, "the body is over 64 KiB")
+        };
+        match (method, self.fields.content_length) {
+            // With a length besides it is an attempt at smuggling, not a client to be taught.
+            ("POST", None) if self.fields.transfer_encoding => Err(refusal(411, CHUNKED)),
+            _ if self.fields.transfer_encoding => Err(bad(CHUNKED)),
+            ("POST", None) => Err(refusal(411, "the header Content-Length is missing")),
+            ("GET" | "HEAD", Some(1..)) => Err(bad(UNEXPECTED_BODY)),
+            (_, Some(length)) if length > limit => Err(refusal(413, over)),
+            (_, length) => Ok(length.unwrap_or(0)),
+        }
     }
 }
 
 #[derive(Debug)]
 struct RequestLine {
+    line: String,
     method: String,
     target: String,
     http10: bool,
@@ -253,24 +225,27 @@ impl RequestLine {
             return Err(bad(NOT_A_REQUEST_LINE));
         };
         if !is_token(method) {
-            return Err(bad("The method of the request line is not a token."));
+            return Err(bad("the method of the request line is not a token"));
         }
         if !target.starts_with('/') {
-            return Err(bad("The target of the request line does not begin with a slash."));
+            return Err(bad("the target of the request line does not begin with a slash"));
         }
         if !target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') {
-            return Err(bad(
-                "The target of the request line contains a character that it may not.",
-            ));
+            return Err(bad("the target of the request line contains a character that it may not"));
         }
         let http10 = match version {
             "HTTP/1.0" => true,
             "HTTP/1.1" => false,
             _ => {
-                return Err(bad("The version of the request line is not HTTP/1.0 or HTTP/1.1."));
+                return Err(bad("the version of the request line is not HTTP/1.0 or HTTP/1.1"));
             }
         };
-        Ok(Self { method: method.to_owned(), target: target.to_owned(), http10 })
+        Ok(Self {
+            line: line.to_owned(),
+            method: method.to_owned(),
+            target: target.to_owned(),
+            http10,
+        })
     }
 }
 
@@ -292,54 +267,54 @@ impl Fields {
     fn take(&mut self, line: &str) -> Result<(), Refusal> {
         self.count += 1;
         if self.count > MAX_HEADERS {
-            return Err(too_large("The request has over 100 headers."));
+            return Err(refusal(431, "the request has over 100 headers"));
         }
         if line.starts_with([' ', '\t']) {
-            return Err(bad("A header line begins with white space (folded headers are refused)."));
+            return Err(bad("a header line begins with white space (folded headers are refused)"));
         }
         let (name, value) =
-            line.split_once(':').ok_or(bad("A header line does not contain a colon."))?;
+            line.split_once(':').ok_or(bad("a header line does not contain a colon"))?;
         if name.ends_with([' ', '\t']) {
-            return Err(bad("A header has white space between its name and the colon."));
+            return Err(bad("a header has white space between its name and the colon"));
         }
         if !is_token(name) {
-            return Err(bad("The name of a header is not a token."));
+            return Err(bad("the name of a header is not a token"));
         }
         let value = value.trim_matches([' ', '\t']);
 
         match name.to_ascii_lowercase().as_str() {
             "host" => {
                 if !value.bytes().all(is_host_byte) {
-                    return Err(bad("The header Host is not a host name or address."));
+                    return Err(bad("the header Host is not a host name or address"));
                 }
                 if std::mem::replace(&mut self.host, true) {
-                    return Err(bad("The header Host is repeated."));
+                    return Err(bad("the header Host is repeated"));
                 }
                 self.pass("Host", value);
             }
             "content-type" => {
                 if std::mem::replace(&mut self.content_type, true) {
-                    return Err(bad("The header Content-Type is repeated."));
+                    return Err(bad("the header Content-Type is repeated"));
                 }
                 self.pass("Content-Type", value);
             }
             "origin" => self.pass("Origin", value),
             "content-length" => {
                 if self.content_length.is_some() {
-                    return Err(bad("The header Content-Length is repeated."));
+                    return Err(bad("the header Content-Length is repeated"));
                 }
                 // `parse` alone would take a plus sign.
                 if value.is_empty() || !value.bytes().all(|byte| byte.is_ascii_digit()) {
-                    return Err(bad("The header Content-Length is not a plain decimal number."));
+                    return Err(bad("the header Content-Length is not a plain decimal number"));
                 }
                 let length =
-                    value.parse().map_err(|_| bad("The header Content-Length is out of range."))?;
+                    value.parse().map_err(|_| bad("the header Content-Length is out of range"))?;
                 self.content_length = Some(length);
             }
             "transfer-encoding" => self.transfer_encoding = true,
             "expect" => {
                 if !value.eq_ignore_ascii_case("100-continue") {
-                    return Err(bad("The header Expect is not 100-continue."));
+                    return Err(bad("the header Expect is not 100-continue"));
                 }
                 self.expect = true;
             }
@@ -363,17 +338,20 @@ impl Fields {
     }
 }
 
-const NOT_ASCII: &str = "The request head contains a character that is not ASCII.";
+const NOT_ASCII: &str = "the request head contains a character that is not ASCII";
 const NOT_A_REQUEST_LINE: &str =
-    "The request line is not a method, a target and a version with one space between them.";
-const UPGRADE: &str = "Upgrading the connection to another protocol is not possible.";
+    "the request line is not a method, a target and a version with one space between them";
+const CHUNKED: &str =
+    "the header Transfer-Encoding is not taken; a body needs Content-Length instead";
+const UNEXPECTED_BODY: &str = "a GET or HEAD request takes no body: Content-Length must be 0";
+const UPGRADE: &str = "upgrading the connection to another protocol is not possible";
 
 fn bad(reason: &'static str) -> Refusal {
-    Refusal { status: 400, reason }
+    refusal(400, reason)
 }
 
-fn too_large(reason: &'static str) -> Refusal {
-    Refusal { status: 431, reason }
+fn refusal(status: u16, reason: &'static str) -> Refusal {
+    Refusal { status, reason }
 }
 
 /// RFC 9110, 5.6.2.
