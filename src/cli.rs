@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use lexopt::prelude::*;
 
+use crate::wireguard::DeviceName;
+
 /// The text of `-help`.
 pub const HELP: &str = "\
 usage: vpn-daemon [FLAG …]
@@ -50,7 +52,7 @@ pub struct Options {
     /// Where to listen.
     pub listen: ListenAddress,
     /// Name of the WireGuard interface.
-    pub wg_device: String,
+    pub wg_device: DeviceName,
     /// Directory of the OpenVPN management sockets.
     pub openvpn_dir: PathBuf,
     /// Connections served at the same time.
@@ -74,7 +76,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             listen: ListenAddress { host: Some("127.0.0.1".into()), port: 41194 },
-            wg_device: "wg0".into(),
+            wg_device: DeviceName::default(),
             openvpn_dir: "/run/openvpn-server".into(),
             max_connections: 256,
         }
@@ -200,7 +202,7 @@ mod tests {
     fn one_dash_and_two_a_space_and_an_equals_sign() {
         let expected = Options {
             listen: ListenAddress { host: None, port: 41194 },
-            wg_device: "wg1".into(),
+            wg_device: "wg1".parse().unwrap(),
             openvpn_dir: "/tmp/o".into(),
             max_connections: 7,
         };

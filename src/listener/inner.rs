@@ -73,6 +73,12 @@ impl Inner {
         drop(surplus);
     }
 
+    /// Removes the directory: nobody connects any more.
+    pub(super) fn remove(&self) {
+        // At the end of the process there is nobody left to tell of an error.
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+
     fn idle(&self) -> std::sync::MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -80,8 +86,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // At the end of the process there is nobody left to tell.
-        let _ = std::fs::remove_dir_all(&self.directory);
+        self.remove();
     }
 }
 

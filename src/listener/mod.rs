@@ -122,11 +122,13 @@ impl FrontDoor {
 
     /// Stops accepting, answers what is under way (for at most 4 s) and closes the rest.
     pub fn close(self) {
+        self.shared.table.begin_stop();
         if self.stop.write(1).is_ok() {
             // The listening socket is closed with the thread.
             let _ = self.accepting.join();
         }
-        self.shared.table.stop(STOP_TIME);
+        self.shared.table.wait_until_empty(STOP_TIME);
+        self.shared.inner.remove();
     }
 }
 

@@ -112,20 +112,22 @@ impl Table {
         (0..count).take_while(|_| state.close_longest_waiting(|_| true)).count()
     }
 
-    /// Closes idle connections and returns when all others have been answered, after at most
-    /// `patience`.
-    pub(super) fn stop(&self, patience: Duration) {
-        let end = Instant::now() + patience;
+    /// Closes idle connections, and from now on every other one after its answer.
+    pub(super) fn begin_stop(&self) {
         let mut state = self.lock();
         state.stop_at = Some(Instant::now());
         for slot in state.slots.values_mut().filter(|slot| slot.phase == Phase::Idle) {
             slot.close();
         }
         self.changed.notify_all();
+    }
+
+    /// Returns when no connection is left, after at most `patience`.
+    pub(super) fn wait_until_empty(&self, patience: Duration) {
+        let end = Instant::now() + patience;
+        let mut state = self.lock();
         while !state.slots.is_empty() {
-            let Some(left) = end.checked_duration_since(Instant::now()) else {
-                return;
-            };
+            let Some(left) = end.checked_duration_since(Instant::now()) else { return };
             let wait = self.changed.wait_timeout(state, left);
             state = wait.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -282,15 +284,12 @@ mod tests {
         let (mut busy_client, server) = pairs.next();
         let busy = table.admit(server, later);
         assert!(busy.enter(Phase::UnderWay, later));
-        let stopping = Arc::clone(&table);
-        let stop = std::thread::spawn(move || stopping.stop(Duration::from_secs(30)));
-        while !busy.is_stopping() {
-            std::thread::yield_now();
-        }
+        table.begin_stop();
         assert!(is_closed(&mut idle_client) && !is_closed(&mut busy_client));
         drop(idle);
         assert!(!busy.enter(Phase::Idle, later), "nobody is kept after the answer");
+        table.wait_until_empty(Duration::ZERO);
         drop(busy);
-        stop.join().unwrap();
+        table.wait_until_empty(Duration::from_secs(3600));
     }
 }

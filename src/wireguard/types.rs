@@ -16,6 +16,13 @@ pub struct DeviceName(String);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PublicKey([u8; 32]);
 
+/// `wg0`.
+impl Default for DeviceName {
+    fn default() -> Self {
+        Self("wg0".to_owned())
+    }
+}
+
 /// An allowed IP of a peer: a network address and its prefix length, host bits cleared.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct AllowedIp {
