@@ -82,20 +82,14 @@ pub(super) fn ask<D: Dialogue>(
         if open == 0 {
             break;
         }
-        let until = if blocked.is_empty() {
-            deadline
-        } else {
-            deadline.min(retry_at)
-        };
+        let until = if blocked.is_empty() { deadline } else { deadline.min(retry_at) };
         let ready = match epoll.wait(&mut events, timeout(until)) {
             Ok(count) => events.get(..count).unwrap_or_default(),
             Err(Errno::EINTR) => continue,
             Err(error) => return Err(error),
         };
         for event in ready {
-            let call = usize::try_from(event.data())
-                .ok()
-                .and_then(|index| calls.get_mut(index));
+            let call = usize::try_from(event.data()).ok().and_then(|index| calls.get_mut(index));
             if call.is_some_and(|call| call.serve(&mut scratch)) {
                 open -= 1;
             }
@@ -142,10 +136,7 @@ impl<D: Dialogue> Call<'_, D> {
         };
         let token = u64::try_from(index).unwrap_or(WAKER);
         let watched = epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token));
-        self.phase = Phase::Talking {
-            stream,
-            _ticket: ticket,
-        };
+        self.phase = Phase::Talking { stream, _ticket: ticket };
         watched.map_err(|error| SocketError::System("could not be watched", error))?;
         Ok(true)
     }

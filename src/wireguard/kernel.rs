@@ -88,18 +88,13 @@ impl Kernel<'_> {
         let first = witness.page().map_err(|e| self.error(e))?;
         let Ok(dump) = dump else { return Ok(None) };
         let Ok(dump) = dump else { return Ok(None) };
-        let second = if first.last {
-            None
-        } else {
-            Some(witness.page().map_err(|e| self.error(e))?)
-        };
+        let second =
+            if first.last { None } else { Some(witness.page().map_err(|e| self.error(e))?) };
         let complete = match second {
             Some(second) if second.has_device => !second.interrupted,
             _ => {
                 let peers = dump.peers.iter();
-                peers
-                    .map(|peer| (peer.public_key.into(), peer.allowed_ips.len()))
-                    .eq(first.peers)
+                peers.map(|peer| (peer.public_key.into(), peer.allowed_ips.len())).eq(first.peers)
             }
         };
         Ok((complete && first.ifindex == Some(dump.ifindex)).then_some(dump))
