@@ -58,14 +58,23 @@ impl Inner {
         if let Some(stream) = idle {
             return Ok(stream);
         }
-        let stream = UnixStream::connect(self.socket()).inspect_err(|error| {
-            if error.kind() == io::ErrorKind::ConnectionRefused {
-                (self.gone)(error);
-            }
-        })?;
+        let stream = self.connect()?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         Ok(stream)
+    }
+
+    fn connect(&self) -> io::Result<UnixStream> {
+        UnixStream::connect(self.socket()).inspect_err(|error| {
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                (self.gone)(error);
+            }
+        })
+    }
+
+    /// Finds out whether anybody listens: an answer has not come.
+    pub(super) fn probe(&self) {
+        drop(self.connect());
     }
 
     /// Takes back a connection whose answer has been read to its last byte.

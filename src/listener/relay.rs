@@ -70,7 +70,7 @@ impl<S: Stream> Relay<'_, S> {
             if self.buffer.is_empty() {
                 self.enter(waiting, IDLE_TIME)?;
                 if self.receive(PIECE)? == 0 {
-                    return Ok(());
+                    return self.leave();
                 }
             }
             let head = match self.read_head()? {
@@ -175,15 +175,17 @@ impl<S: Stream> Relay<'_, S> {
             self.stream_body(&mut inner, body_length - available)?;
             self.enter(Phase::UnderWay, ANSWER_TIME)?;
         }
-        let keep = head.keep_alive && !self.place.is_stopping();
         let answer = match sent.and_then(|()| AnswerHead::read(&mut inner, head)) {
             Ok(answer) => answer,
             Err(error) => {
                 error!("the HTTP server gave no answer: {error}");
+                drop(inner);
+                self.inner.probe();
                 self.refuse(500, "internal error; see the log of the daemon")?;
                 return Ok(false);
             }
         };
+        let keep = head.keep_alive && !self.place.is_stopping();
         let mut piece = answer.outer_head(head, keep);
         piece.extend(answer.body_start);
         let mut left = answer.body_left;

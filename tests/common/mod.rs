@@ -106,7 +106,12 @@ impl Daemon {
                 return line.clone();
             }
             let left = end.saturating_duration_since(Instant::now());
-            assert!(!lines.1 && !left.is_zero(), "no log line with {text:?} in {:#?}", lines.0);
+            if lines.1 || left.is_zero() {
+                let all = lines.0.clone();
+                // A poisoned lock would end the whole test process.
+                drop(lines);
+                panic!("no log line with {text:?} in {all:#?}");
+            }
             lines = self.log.changed.wait_timeout(lines, left).unwrap().0;
         }
     }

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::common::{Answer, Daemon};
@@ -89,8 +88,7 @@ fn the_end_of_a_connection_is_told_in_tls() {
     // And the client may say so first.
     let mut tunnel = shake_hands(&client(&pki, Some("portal")), daemon.connect()).unwrap();
     assert_eq!(tunnel.ask(NODE).status, 200);
-    tunnel.conn.send_close_notify();
-    tunnel.flush().unwrap();
+    tunnel.half_close();
     tunnel.ends();
 }
 
@@ -173,5 +171,4 @@ fn without_its_credentials_the_daemon_does_not_start() {
     let (code, stderr) = start(std::path::Path::new(""));
     assert!(code == Some(1) || code == Some(2), "{stderr}");
     assert!(stderr.contains("CREDENTIALS_DIRECTORY"), "{stderr}");
-    thread::yield_now();
 }

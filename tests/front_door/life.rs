@@ -1,13 +1,13 @@
 //! Its directory, its signals, its end.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use super::common::{Answer, Daemon};
-use super::{CONNECTIONS, Connection, NODE, Site, half_close, hang, names};
+use super::{CONNECTIONS, Connection, NODE, Site, hang, names};
 
 #[test]
 fn the_inner_socket_is_private_and_goes_with_the_daemon() {
@@ -55,7 +55,8 @@ fn what_is_under_way_is_answered_before_the_end() {
         let address = site.daemon.address;
         site.daemon.signal("TERM");
         site.daemon.wait_for_log("stopping");
-        idle.ends();
+        // In TLS without a word: nothing is cut short.
+        assert_eq!(idle.read(&mut [0]).unwrap_or(0), 0);
         let answer = Answer::read(&mut *busy, false).unwrap();
         assert_eq!(answer.status, 504, "{answer:?}");
         assert_eq!(answer.header("Connection"), Some("close"));
@@ -79,34 +80,31 @@ fn the_end_waits_for_nobody_who_has_not_asked() {
     drop((silent, half, closing));
 }
 
-/// tiny_http cannot live without descriptors. The daemon that has lost it must end, so that it is
-/// started again: whether `accept` itself failed, or what tiny_http does after it.
+/// tiny_http cannot live without descriptors: when it runs out of them, it stops accepting, with
+/// an error or with a panic. The daemon has to end then, so that it is started again.
 #[test]
 fn a_daemon_without_its_http_server_ends() {
-    for spare in [1, 2] {
+    for spare in 1..=4 {
         let mut daemon = Daemon::start(&[]);
-        let mut connection = daemon.connect();
-        // Its thread holds it when it has asked for more.
-        connection.write_all(b"GET /i/node HTTP/1.1\r\n").unwrap();
-        let mut other = daemon.connect();
-        other.write_all(b"GET /i/node HTTP/1.1\r\n").unwrap();
+        let mut connections: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
+        for connection in &mut connections {
+            connection.write_all(b"GET /i/node HTTP/1.1\r\n").unwrap();
+        }
         thread::sleep(Duration::from_millis(300));
         let files = daemon.open_files() + spare;
         let limit = format!("--nofile={files}:{files}");
-        let prlimit =
-            Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), &limit]).status();
-        assert!(prlimit.unwrap().success());
-        for connection in [&mut connection, &mut other] {
-            connection.write_all(b"Host: n\r\n\r\n").unwrap();
-            let answer = Answer::read(connection, false);
-            // It may be gone before it could say so.
-            assert!(
-                answer.as_ref().is_ok_and(|answer| answer.status >= 500) || answer.is_err(),
-                "{answer:?}"
-            );
+        let pid = daemon.pid().to_string();
+        assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
+        for connection in &mut connections {
+            // What was served and what was dropped is left to chance.
+            let _ = connection.write_all(b"Host: n\r\n\r\n");
         }
-        let line = daemon.wait_for_log("the HTTP server has given up");
-        assert!(!line.is_empty());
+        // Without descriptors it may take another request to find out.
+        while !daemon.log().iter().any(|line| line.contains("the HTTP server has given up")) {
+            let mut stream = daemon.connect();
+            let _ = stream.write_all(NODE.as_bytes());
+            let _ = Answer::read(&mut stream, false);
+        }
         assert_eq!(daemon.wait().code(), Some(1), "{spare}");
         assert_eq!(names(daemon.directory()), [""; 0], "{spare}");
     }
@@ -141,6 +139,5 @@ fn forged_names_are_not_believed() {
         assert!(line.ends_with(&format!("asked by {who}")), "{line}");
         let log = site.daemon.log().concat();
         assert!(!log.contains("mallory") && !log.contains("192.0.2.66"), "{log}");
-        half_close(&*connection);
     }
 }

@@ -29,6 +29,11 @@ use pki::{Pki, SERVER_NAME};
 trait Connection: Read + Write + Send {
     fn socket(&self) -> &TcpStream;
 
+    /// Says all that it will ever say.
+    fn half_close(&mut self) {
+        self.socket().shutdown(Shutdown::Write).unwrap();
+    }
+
     fn ask(&mut self, request: &str) -> Answer {
         self.write_all(request.as_bytes()).unwrap();
         self.flush().unwrap();
@@ -43,21 +48,21 @@ trait Connection: Read + Write + Send {
     }
 }
 
-impl<C: Connection + ?Sized> Connection for &mut C {
-    fn socket(&self) -> &TcpStream {
-        (**self).socket()
-    }
-}
-
 impl Connection for TcpStream {
     fn socket(&self) -> &TcpStream {
         self
     }
 }
 
-impl Connection for StreamOwned<ClientConnection, TcpStream> {
+impl Connection for Tunnel {
     fn socket(&self) -> &TcpStream {
         &self.sock
+    }
+
+    fn half_close(&mut self) {
+        self.conn.send_close_notify();
+        self.flush().unwrap();
+        self.sock.shutdown(Shutdown::Write).unwrap();
     }
 }
 
@@ -190,10 +195,6 @@ fn raise_own_open_files() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     assert!(hard >= 8192, "the tests need a hard limit of 8192 open files, not {hard}");
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(65536), hard).unwrap();
-}
-
-fn half_close(connection: &dyn Connection) {
-    connection.socket().shutdown(Shutdown::Write).unwrap();
 }
 
 /// What lies in a directory, by name.

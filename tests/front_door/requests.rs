@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::common::Answer;
-use super::{NODE, Site, half_close, post};
+use super::{NODE, Site, post};
 
 /// Hidden behind a refused request: must never be answered.
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: node\r\n\r\n";
@@ -245,7 +245,7 @@ fn a_client_that_has_said_all_gets_its_answer() {
             let mut connection = site.connect();
             connection.write_all(request.as_bytes()).unwrap();
             connection.flush().unwrap();
-            half_close(&*connection);
+            connection.half_close();
             let answer = Answer::read(&mut *connection, false).unwrap();
             assert!([200, 204].contains(&answer.status), "{answer:?}");
             connection.ends();
