@@ -1,128 +1,185 @@
-//! WireGuard peers: the types, and the choice between kernel and userspace device.
+//! WireGuard peers: one device, in the kernel or in user space, one operation at a time.
 
-use std::fmt;
-use std::net::IpAddr;
-use std::str::FromStr;
-use std::time::{Instant, SystemTime};
+mod error;
+mod kernel;
+mod turns;
+mod types;
+mod userspace;
+mod witness;
 
-/// The public key of a peer or device: 32 bytes, written as canonical base64 (44 characters).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PublicKey([u8; 32]);
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
-/// An allowed IP of a peer: a network address and its prefix length, host bits cleared.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
-pub struct AllowedIp {
-    address: IpAddr,
-    prefix_len: u8,
-}
+use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
+use nix::sys::signal::SigSet;
 
-/// A peer as the device knows it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Peer {
-    /// Who the peer is.
-    pub public_key: PublicKey,
-    /// What it may send and is sent.
-    pub allowed_ips: Vec<AllowedIp>,
-    /// When the last handshake was; `None` for a peer never seen.
-    pub last_handshake: Option<SystemTime>,
-    /// Bytes received from the peer.
-    pub rx_bytes: u64,
-    /// Bytes sent to the peer.
-    pub tx_bytes: u64,
-}
+pub use error::Error;
+use kernel::Kernel;
+use turns::Turns;
+pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
+use userspace::Userspace;
 
-/// Why text is no public key or allowed IP: a sentence that completes "`public_key` …".
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ParseError(pub &'static str);
+/// Name of the threads on which operations run. The crate below panics on some dumps, which is
+/// caught there: a panic hook may keep quiet about threads of this name.
+pub const THREAD_NAME: &str = "wireguard";
 
-/// What went wrong with the device. Each variant names it.
-#[derive(Debug)]
-pub enum Error {}
+/// An operation gives up this long before its caller does, so that the caller learns why.
+const MARGIN: Duration = Duration::from_millis(50);
 
 /// The one WireGuard device that the daemon manages.
 pub struct WireGuard {
-    device: String,
+    device: DeviceName,
+    turns: Arc<Turns>,
+}
+
+/// What a kernel device and a userspace device can both do, within a deadline.
+trait Backend {
+    /// All peers.
+    fn peers(&self) -> Result<Vec<Peer>, Error>;
+    /// Applies the changes: removals first where their order matters.
+    fn apply(&self, changes: &[Change]) -> Result<(), Error>;
+}
+
+/// A change to a device.
+enum Change<'a> {
+    /// The peer is there and has exactly these allowed IPs.
+    Set(&'a PublicKey, &'a [AllowedIp]),
+    /// The peer is not there.
+    Remove(&'a PublicKey),
 }
 
 impl WireGuard {
-    /// `device` is the name of the network interface, e.g. `wg0`. Nothing is opened yet:
-    /// the device may come and go while the daemon runs.
-    pub fn new(device: String) -> Self {
-        Self { device }
+    /// The device of that name. Nothing is opened yet: it may come and go while the daemon runs.
+    pub fn new(device: DeviceName) -> Self {
+        Self {
+            device,
+            turns: Arc::default(),
+        }
     }
+
     /// Name of the device.
     pub fn device(&self) -> &str {
-        &self.device
+        self.device.as_str()
     }
+
     /// All peers. Answers or fails by `deadline`.
     pub fn peers(&self, deadline: Instant) -> Result<Vec<Peer>, Error> {
-        let _ = deadline;
-        Ok(Vec::new())
+        self.run(deadline, |backend| backend.peers())
     }
-    /// Adds the peer, or replaces the allowed IPs of the one that exists.
+
+    /// Adds the peer, or replaces the allowed IPs of the one that exists and leaves its session,
+    /// endpoint and counters alone (on boringtun, which cannot change a peer, its session is lost
+    /// where the allowed IPs differ).
     pub fn add_peer(
         &self,
         key: &PublicKey,
         allowed_ips: &[AllowedIp],
         deadline: Instant,
     ) -> Result<(), Error> {
-        let _ = (key, allowed_ips, deadline);
-        Ok(())
+        let (key, allowed_ips) = (*key, allowed_ips.to_vec());
+        self.run(deadline, move |backend| {
+            backend.apply(&[Change::Set(&key, &allowed_ips)])
+        })
     }
+
     /// Removes the peer and returns it with its final counters; `None` where there was none.
     pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
-        let _ = (key, deadline);
-        Ok(None)
+        let key = *key;
+        self.run(deadline, move |backend| {
+            let peer = backend
+                .peers()?
+                .into_iter()
+                .find(|peer| peer.public_key == key);
+            if peer.is_some() {
+                backend.apply(&[Change::Remove(&key)])?;
+            }
+            Ok(peer)
+        })
+    }
+
+    /// Runs an operation on a thread of its own, which keeps the turn until it ends: the kernel may
+    /// hang in a way that no time-out reaches. That costs one thread; those who come later time out
+    /// waiting for the turn.
+    fn run<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        operation: impl Fn(&dyn Backend) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let timeout = || Error::Timeout(self.device.clone());
+        let turn = self.turns.take(deadline).ok_or_else(timeout)?;
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let device = self.device.clone();
+        let thread = thread::Builder::new()
+            .name(THREAD_NAME.to_owned())
+            .spawn(move || {
+                // A receive that a signal interrupts makes the crate return half a dump as whole.
+                let _ = SigSet::all().thread_block();
+                let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
+                let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
+                    .unwrap_or_else(|_| {
+                        Err(Error::Internal(
+                            device.clone(),
+                            "the operation panicked".to_owned(),
+                        ))
+                    });
+                drop(turn);
+                if sender.send(result).is_err() {
+                    log::warn!("WireGuard device {device} answered after its time-out");
+                }
+            });
+        thread.map_err(|error| {
+            Error::Internal(
+                self.device.clone(),
+                format!("cannot start a thread: {error}"),
+            )
+        })?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        receiver
+            .recv_timeout(left)
+            .unwrap_or_else(|_| Err(timeout()))
     }
 }
 
-impl PublicKey {
-    /// The key's 32 bytes.
-    pub fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
+/// Runs the operation on the kernel's device of that name; where there is none, or none that may
+/// be used, on the userspace one.
+fn choose<T>(
+    device: &DeviceName,
+    deadline: Instant,
+    operation: impl Fn(&dyn Backend) -> Result<T, Error>,
+) -> Result<T, Error> {
+    use Errno::{ENODEV, ENOENT, EOPNOTSUPP, EPERM};
+    let errno = match operation(&Kernel { device, deadline }) {
+        Err(Error::Kernel(_, errno @ (ENODEV | ENOENT | EOPNOTSUPP | EPERM))) => errno,
+        result => return result,
+    };
+    match operation(&Userspace { device, deadline }) {
+        Err(Error::Socket(path, error)) => {
+            Err(neither(device, errno, error.kind()).unwrap_or(Error::Socket(path, error)))
+        }
+        result => result,
     }
 }
-impl From<[u8; 32]> for PublicKey {
-    fn from(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+
+/// What it means that the kernel refused with `errno` and the socket could not be used either;
+/// `None` where the socket's own error says it best. A userspace device, too, has a network
+/// interface of its name.
+fn neither(device: &DeviceName, errno: Errno, socket: io::ErrorKind) -> Option<Error> {
+    let hidden = socket == io::ErrorKind::PermissionDenied;
+    if socket != io::ErrorKind::NotFound && !hidden {
+        return None;
     }
-}
-impl FromStr for PublicKey {
-    type Err = ParseError;
-    fn from_str(_: &str) -> Result<Self, ParseError> {
-        Err(ParseError("is not there yet"))
+    let device = device.clone();
+    if if_nametoindex(device.as_str()).is_err() {
+        return Some(Error::NoDevice(device));
     }
-}
-impl fmt::Display for PublicKey {
-    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Ok(())
-    }
-}
-impl fmt::Debug for PublicKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-impl FromStr for AllowedIp {
-    type Err = ParseError;
-    fn from_str(_: &str) -> Result<Self, ParseError> {
-        Err(ParseError("is not there yet"))
-    }
-}
-impl fmt::Display for AllowedIp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix_len)
-    }
-}
-impl fmt::Display for Error {
-    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Ok(())
-    }
-}
-impl std::error::Error for Error {}
-impl Error {
-    /// Whether the device did not answer in time (as opposed to refused or failed).
-    pub fn is_timeout(&self) -> bool {
-        false
+    match errno {
+        Errno::EPERM => Some(Error::NoPermission(device)),
+        _ if hidden => None,
+        _ => Some(Error::NotWireGuard(device)),
     }
 }

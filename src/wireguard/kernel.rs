@@ -1,0 +1,160 @@
+//! The kernel's WireGuard device, over generic netlink.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use wireguard_uapi::err::{ConnectError, NlError, SetDeviceError};
+use wireguard_uapi::linux::set;
+use wireguard_uapi::{DeviceInterface, WgSocket, get};
+
+use super::witness::Witness;
+use super::{Backend, Change, DeviceName, Error, Peer};
+
+/// How often a disturbed dump is started again.
+const TRIES: u32 = 50;
+
+/// The allowed IPs and peers in one message: so many that the message stays below 32 KiB, since
+/// the kernel's refusal repeats it and the crate reads no more than that. An allowed IP takes at
+/// most 40 bytes, a peer without any 56.
+const MESSAGE_ITEMS: usize = 500;
+
+/// The kernel's device of that name, until the deadline.
+pub(super) struct Kernel<'a> {
+    pub(super) device: &'a DeviceName,
+    pub(super) deadline: Instant,
+}
+
+impl Backend for Kernel<'_> {
+    fn peers(&self) -> Result<Vec<Peer>, Error> {
+        for attempt in 1..=TRIES {
+            if let Some(device) = self.try_dump()? {
+                return device
+                    .peers
+                    .into_iter()
+                    .map(Peer::from_crate)
+                    .collect::<Option<_>>()
+                    .ok_or_else(|| self.internal("the kernel sent an impossible allowed IP"));
+            }
+            // Bursts of changes pass: give them more and more time.
+            let pause = Duration::from_millis(attempt.min(20).into());
+            if Instant::now() + pause >= self.deadline {
+                break;
+            }
+            thread::sleep(pause);
+        }
+        Err(Error::Disturbed(self.device.clone()))
+    }
+
+    fn apply(&self, changes: &[Change]) -> Result<(), Error> {
+        // The kernel silently ignores a peer with the device's own key.
+        let witness = Witness::open(self.device, self.deadline).map_err(|e| self.error(e))?;
+        let own_key = witness.page().map_err(|e| self.error(e))?.own_key;
+        drop(witness);
+        let own = changes.iter().find_map(|change| match change {
+            Change::Set(key, _) if Some(**key) == own_key => Some(**key),
+            _ => None,
+        });
+        if let Some(key) = own {
+            return Err(Error::OwnKey(self.device.clone(), key));
+        }
+        let mut socket = self.connect()?;
+        let (mut message, mut items) = (Vec::new(), 0);
+        for peer in changes.iter().flat_map(set_peers) {
+            items += 1 + peer.allowed_ips.len();
+            if items > MESSAGE_ITEMS {
+                self.send(&mut socket, std::mem::take(&mut message))?;
+                items = 1 + peer.allowed_ips.len();
+            }
+            message.push(peer);
+        }
+        self.send(&mut socket, message)
+    }
+}
+
+impl Kernel<'_> {
+    /// One dump; `None` where it was disturbed.
+    ///
+    /// The crate panics on some disturbed dumps and returns others cut short; the witness tells.
+    fn try_dump(&self) -> Result<Option<get::Device>, Error> {
+        let witness = Witness::open(self.device, self.deadline).map_err(|e| self.error(e))?;
+        let mut socket = self.connect()?;
+        let interface = DeviceInterface::from_name(self.device.as_str());
+        let dump = catch_unwind(AssertUnwindSafe(|| socket.get_device(interface)));
+        let first = witness.page().map_err(|e| self.error(e))?;
+        let Ok(dump) = dump else { return Ok(None) };
+        let Ok(dump) = dump else { return Ok(None) };
+        let second = if first.last {
+            None
+        } else {
+            Some(witness.page().map_err(|e| self.error(e))?)
+        };
+        let complete = match second {
+            Some(second) if second.has_device => !second.interrupted,
+            _ => {
+                let peers = dump.peers.iter();
+                peers
+                    .map(|peer| (peer.public_key.into(), peer.allowed_ips.len()))
+                    .eq(first.peers)
+            }
+        };
+        Ok((complete && first.ifindex == Some(dump.ifindex)).then_some(dump))
+    }
+
+    /// A fresh socket: sequence numbers are not checked, so that the rest of an aborted dump
+    /// would be taken for the answer to the next request.
+    fn connect(&self) -> Result<WgSocket, Error> {
+        WgSocket::connect().map_err(|error| match error {
+            ConnectError::NlError(error) => self.internal(&error.to_string()),
+            ConnectError::ResolveFamilyError(error) => self.internal(&error.to_string()),
+        })
+    }
+
+    fn send(&self, socket: &mut WgSocket, peers: Vec<set::Peer>) -> Result<(), Error> {
+        if Instant::now() >= self.deadline {
+            return Err(Error::Timeout(self.device.clone()));
+        }
+        let message = set::Device::from_ifname(self.device.as_str()).peers(peers);
+        socket.set_device(message).map_err(|error| match error {
+            SetDeviceError::NlError(NlError::Nlmsgerr(error)) => {
+                self.error(Errno::from_raw(error.error.saturating_neg()))
+            }
+            error => self.internal(&error.to_string()),
+        })
+    }
+
+    fn error(&self, errno: Errno) -> Error {
+        match errno {
+            Errno::EAGAIN => Error::Timeout(self.device.clone()),
+            errno => Error::Kernel(self.device.clone(), errno),
+        }
+    }
+
+    fn internal(&self, reason: &str) -> Error {
+        Error::Internal(self.device.clone(), reason.to_owned())
+    }
+}
+
+/// A change as the kernel takes it: in several parts where its allowed IPs fill more than one
+/// message. Nothing but the allowed IPs of a peer that exists is touched.
+fn set_peers<'a>(change: &Change<'a>) -> Vec<set::Peer<'a>> {
+    match *change {
+        Change::Remove(key) => {
+            vec![set::Peer::from_public_key(key.as_bytes()).flags(vec![set::WgPeerF::RemoveMe])]
+        }
+        Change::Set(key, allowed_ips) => {
+            let mut chunks = allowed_ips.chunks(MESSAGE_ITEMS - 1);
+            let peer = |chunk: &'a [super::AllowedIp]| {
+                let allowed_ips = chunk.iter().map(|ip| set::AllowedIp {
+                    ipaddr: ip.address(),
+                    cidr_mask: Some(ip.prefix_len()),
+                });
+                set::Peer::from_public_key(key.as_bytes()).allowed_ips(allowed_ips.collect())
+            };
+            let first = peer(chunks.next().unwrap_or_default())
+                .flags(vec![set::WgPeerF::ReplaceAllowedIps]);
+            std::iter::once(first).chain(chunks.map(peer)).collect()
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! A WireGuard device in user space (wireguard-go, boringtun), over its Unix socket.
+//!
+//! The text protocol is that of <https://www.wireguard.com/xplatform/>.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
+use wireguard_uapi::xplatform::set;
+
+use super::{Backend, Change, DeviceName, Error, Peer, PublicKey};
+
+/// The longest line and the longest answer that are read. A line holds a key or an address; a
+/// peer takes some 400 bytes.
+const LINE_LIMIT: u64 = 1024;
+const REPLY_LIMIT: u64 = 64 << 20;
+
+/// The process behind the device's socket, until the deadline.
+pub(super) struct Userspace<'a> {
+    pub(super) device: &'a DeviceName,
+    pub(super) deadline: Instant,
+}
+
+/// Where the process of a device listens.
+pub(super) fn socket_path(device: &DeviceName) -> PathBuf {
+    format!("/var/run/wireguard/{device}.sock").into()
+}
+
+/// What `get=1` says. boringtun alone tells its own key.
+struct Device {
+    own_key: Option<PublicKey>,
+    peers: Vec<Peer>,
+}
+
+impl Backend for Userspace<'_> {
+    fn peers(&self) -> Result<Vec<Peer>, Error> {
+        self.get().map(|device| device.peers)
+    }
+
+    fn apply(&self, changes: &[Change]) -> Result<(), Error> {
+        let before = self.get()?;
+        let is_boringtun = before.own_key.is_some();
+        let find = |key: &PublicKey| before.peers.iter().find(|peer| peer.public_key == *key);
+        let (mut removed, mut set, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        for change in changes {
+            match *change {
+                Change::Remove(key) => removed.push(*key),
+                Change::Set(key, _) if Some(*key) == before.own_key => {
+                    return Err(Error::OwnKey(self.device.clone(), *key));
+                }
+                Change::Set(key, allowed_ips) => {
+                    match find(key) {
+                        None => added.push(*key),
+                        // boringtun panics when a peer that exists is changed.
+                        Some(peer) if is_boringtun => {
+                            if same_set(&peer.allowed_ips, allowed_ips) {
+                                continue;
+                            }
+                            removed.push(*key);
+                        }
+                        Some(_) => {}
+                    }
+                    let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
+                        ipaddr: *ip.address(),
+                        cidr_mask: ip.prefix_len(),
+                    });
+                    let peer =
+                        set::Peer::from_public_key(*key.as_bytes()).replace_allowed_ips(true);
+                    set.push(peer.allowed_ips(allowed_ips.collect()));
+                }
+            }
+        }
+        // Two requests: boringtun applies `remove` to all further peers of a request.
+        let remove = |key: PublicKey| set::Peer::from_public_key(*key.as_bytes()).remove(true);
+        self.set(removed.into_iter().map(remove).collect())?;
+        self.set(set)?;
+        // wireguard-go silently ignores a peer with the device's own key.
+        if !added.is_empty() && !is_boringtun {
+            let after = self.get()?;
+            let listed = |key: &PublicKey| after.peers.iter().any(|peer| peer.public_key == *key);
+            if let Some(key) = added.into_iter().find(|key| !listed(key)) {
+                return Err(Error::NotAdded(self.device.clone(), key));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether both hold the same, in whatever order.
+fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
+    let (mut left, mut right) = (left.to_vec(), right.to_vec());
+    for side in [&mut left, &mut right] {
+        side.sort_unstable();
+        side.dedup();
+    }
+    left == right
+}
+
+impl Userspace<'_> {
+    fn get(&self) -> Result<Device, Error> {
+        let reader = self.exchange("get=1\n\n")?;
+        parse_device(reader, SystemTime::now()).map_err(|error| self.parse_error(error))
+    }
+
+    fn set(&self, peers: Vec<set::Peer>) -> Result<(), Error> {
+        if peers.is_empty() {
+            return Ok(());
+        }
+        let request = set::Device {
+            peers,
+            ..set::Device::default()
+        };
+        let reader = self.exchange(&format!("set=1\n{request}\n"))?;
+        parse_status(reader).map_err(|error| self.parse_error(error))
+    }
+
+    /// Connects, sends a request and gives what the answer is read from.
+    fn exchange(&self, request: &str) -> Result<BufReader<Stream>, Error> {
+        let stream = self.connect().map_err(|error| self.io_error(error))?;
+        let mut stream = Stream {
+            stream,
+            deadline: self.deadline,
+        };
+        stream
+            .write_all(request.as_bytes())
+            .map_err(|error| self.io_error(error))?;
+        Ok(BufReader::with_capacity(1 << 16, stream))
+    }
+
+    /// `UnixStream::connect` waits without limit for a process that does not accept; a send
+    /// time-out ends `connect` as well.
+    fn connect(&self) -> io::Result<UnixStream> {
+        let kind = SockType::Stream;
+        let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        let left = i64::try_from(time_left(self.deadline)?.as_micros()).unwrap_or(i64::MAX);
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::microseconds(left))?;
+        connect(
+            socket.as_raw_fd(),
+            &UnixAddr::new(&socket_path(self.device))?,
+        )?;
+        Ok(socket.into())
+    }
+
+    fn io_error(&self, error: io::Error) -> Error {
+        let path = socket_path(self.device);
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::SocketTimeout(path),
+            _ => Error::Socket(path, error),
+        }
+    }
+
+    fn parse_error(&self, error: ParseGetResponseError) -> Error {
+        let path = socket_path(self.device);
+        match error {
+            ParseGetResponseError::ReadLineIoError(error) => match error.kind() {
+                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                    Error::Reply(path, error.to_string())
+                }
+                _ => self.io_error(error),
+            },
+            ParseGetResponseError::ServerError(errno) => match errno.parse::<i32>() {
+                Ok(errno) => Error::Refused(path, errno.saturating_abs()),
+                Err(_) => Error::Reply(path, "its error number is no number".to_owned()),
+            },
+            error => Error::Reply(path, error.to_string()),
+        }
+    }
+}
+
+/// The socket with one deadline for all that is read and written.
+struct Stream {
+    stream: UnixStream,
+    deadline: Instant,
+}
+
+fn time_left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    // A time-out below a microsecond would mean none.
+    if left < Duration::from_micros(1) {
+        Err(io::ErrorKind::TimedOut.into())
+    } else {
+        Ok(left)
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream
+            .set_read_timeout(Some(time_left(self.deadline)?))?;
+        self.stream.read(buffer)
+    }
+}
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream
+            .set_write_timeout(Some(time_left(self.deadline)?))?;
+        self.stream.write(buffer)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The lines of an answer as the crate's parser can take them: only the keys that are needed (it
+/// refuses unknown ones), after a `listen_port` (it panics without), with the handshake times
+/// reset at each peer (it keeps those of the peer before), up to the empty line at the end.
+struct Lines<R> {
+    reader: R,
+    read: u64,
+    /// Lines to give before the next one is read.
+    inserted: Vec<&'static str>,
+    own_key: Option<PublicKey>,
+    has_status: bool,
+}
+
+impl<R: BufRead> Lines<R> {
+    fn new(reader: R) -> Self {
+        Self {
+            reader,
+            read: 0,
+            inserted: vec!["listen_port=0"],
+            own_key: None,
+            has_status: false,
+        }
+    }
+
+    fn read_line(&mut self) -> io::Result<String> {
+        let mut line = Vec::new();
+        let length = (&mut self.reader)
+            .take(LINE_LIMIT)
+            .read_until(b'\n', &mut line)?;
+        self.read += u64::try_from(length).unwrap_or(u64::MAX);
+        let bad = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        match line.pop() {
+            Some(b'\n') if self.read > REPLY_LIMIT => Err(bad("its answer is too long")),
+            Some(b'\n') => String::from_utf8(line).map_err(|_| bad("its answer is not text")),
+            _ if length as u64 == LINE_LIMIT => Err(bad("its answer has a line that is too long")),
+            _ => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "its answer ends early",
+            )),
+        }
+    }
+
+    fn next_line(&mut self) -> io::Result<String> {
+        if let Some(line) = self.inserted.pop() {
+            return Ok(line.to_owned());
+        }
+        let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        loop {
+            let line = self.read_line()?;
+            let (key, value) = line.split_once('=').unwrap_or((&line, ""));
+            match key {
+                "" if line.is_empty() && !self.has_status => return bad("its answer has no errno"),
+                "" if line.is_empty() => return Ok(line),
+                "public_key" => {
+                    self.inserted = vec!["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
+                    return Ok(line);
+                }
+                "own_public_key" => match parse_hex_key(value) {
+                    Some(key) => self.own_key = Some(key),
+                    None => return bad("its own public key is malformed"),
+                },
+                "errno" => {
+                    self.has_status = true;
+                    return Ok(line);
+                }
+                "allowed_ip"
+                | "rx_bytes"
+                | "tx_bytes"
+                | "last_handshake_time_sec"
+                | "last_handshake_time_nsec" => return Ok(line),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl<R: BufRead> Iterator for Lines<R> {
+    type Item = io::Result<String>;
+    fn next(&mut self) -> Option<Self::Item> {
+        Some(self.next_line())
+    }
+}
+
+fn parse_hex_key(text: &str) -> Option<PublicKey> {
+    let mut key = [0; 32];
+    let digits = text.as_bytes();
+    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    for (byte, pair) in key.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(key.into())
+}
+
+/// Parses the answer to `get=1`.
+fn parse_device(reader: impl BufRead, now: SystemTime) -> Result<Device, ParseGetResponseError> {
+    let mut lines = Lines::new(reader);
+    let device = parse(&mut lines)?;
+    let malformed = || {
+        let error = io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it has an impossible allowed IP",
+        );
+        ParseGetResponseError::ReadLineIoError(error)
+    };
+    let peers = device.peers.into_iter().map(Peer::from_crate);
+    let mut peers = peers.collect::<Option<Vec<_>>>().ok_or_else(malformed)?;
+    if lines.own_key.is_some() {
+        // boringtun tells how long ago the handshake was, not when.
+        for time in peers
+            .iter_mut()
+            .filter_map(|peer| peer.last_handshake.as_mut())
+        {
+            let age = time
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default();
+            *time = now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
+        }
+    }
+    Ok(Device {
+        own_key: lines.own_key,
+        peers,
+    })
+}
+
+/// Parses the answer to `set=1`.
+fn parse_status(reader: impl BufRead) -> Result<(), ParseGetResponseError> {
+    parse(&mut Lines::new(reader)).map(drop)
+}
