@@ -143,6 +143,7 @@ impl Initramfs {
              mount -t proc proc /proc\n\
              mount -t sysfs sys /sys\n\
              mount -t devtmpfs dev /dev\n\
+             ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout\n\
              {load}\
              ({command})\n\
              echo \"{END_MARKER}$?\"\n\
