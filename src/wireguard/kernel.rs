@@ -59,6 +59,9 @@ impl Backend for Kernel<'_> {
         if let Some(key) = own {
             return Err(Error::OwnKey(self.device.clone(), key));
         }
+        if Instant::now() >= self.deadline {
+            return Err(Error::Timeout(self.device.clone()));
+        }
         let mut socket = self.connect()?;
         let (mut message, mut items) = (Vec::new(), 0);
         for peer in changes.iter().flat_map(set_peers) {
@@ -112,9 +115,6 @@ impl Kernel<'_> {
     }
 
     fn send(&self, socket: &mut WgSocket, peers: Vec<set::Peer>) -> Result<(), Error> {
-        if Instant::now() >= self.deadline {
-            return Err(Error::Timeout(self.device.clone()));
-        }
         let message = set::Device::from_ifname(self.device.as_str()).peers(peers);
         socket.set_device(message).map_err(|error| match error {
             SetDeviceError::NlError(NlError::Nlmsgerr(error)) => {

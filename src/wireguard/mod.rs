@@ -41,7 +41,8 @@ pub struct WireGuard {
 trait Backend {
     /// All peers.
     fn peers(&self) -> Result<Vec<Peer>, Error>;
-    /// Applies the changes: removals first where their order matters.
+    /// Applies the changes, removals first. What has begun before the deadline is finished, so that
+    /// no peer is left with half of its allowed IPs.
     fn apply(&self, changes: &[Change]) -> Result<(), Error>;
 }
 

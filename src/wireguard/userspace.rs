@@ -337,3 +337,160 @@ fn parse_device(reader: impl BufRead, now: SystemTime) -> Result<Device, ParseGe
 fn parse_status(reader: impl BufRead) -> Result<(), ParseGetResponseError> {
     parse(&mut Lines::new(reader)).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEYS: [&str; 3] = [
+        "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
+        "58402e695ba1772b1cc9309755f043251ea77fdcf10fbe63989ceb7e19321376",
+        "662E14FD594556F522604703340351258903B64F35553763F19426AB2A515C58",
+    ];
+
+    fn parse_text(text: &str) -> Result<Device, ParseGetResponseError> {
+        parse_device(
+            text.as_bytes(),
+            SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+        )
+    }
+
+    fn seconds(peer: &Peer) -> Option<u64> {
+        let time = peer.last_handshake?;
+        Some(
+            time.duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap()
+                .as_secs(),
+        )
+    }
+
+    #[test]
+    fn wireguard_go() {
+        let [first, second, third] = KEYS;
+        let zeros = "0".repeat(64);
+        let device = parse_text(&format!(
+            "private_key={zeros}\nlisten_port=12912\nfwmark=1\n\
+             public_key={first}\npreshared_key={zeros}\nprotocol_version=1\n\
+             endpoint=[fe80::1%eth0]:51820\nlast_handshake_time_sec=1600000000\n\
+             last_handshake_time_nsec=5\ntx_bytes=38333\nrx_bytes=2224\n\
+             persistent_keepalive_interval=111\nallowed_ip=192.168.4.4/32\nallowed_ip=fd00::/64\n\
+             public_key={second}\nprotocol_version=1\nlast_handshake_time_sec=0\n\
+             last_handshake_time_nsec=0\ntx_bytes=0\nrx_bytes=18446744073709551615\n\
+             public_key={third}\nnews_of_the_day=none\n\
+             errno=0\n\npublic_key=what comes after the end"
+        ))
+        .unwrap();
+        assert_eq!(device.own_key, None);
+        let keys: Vec<_> = device.peers.iter().map(|peer| peer.public_key).collect();
+        assert_eq!(keys, KEYS.map(|key| parse_hex_key(key).unwrap()));
+        assert_eq!(
+            device.peers.iter().map(seconds).collect::<Vec<_>>(),
+            [Some(1_600_000_000), None, None]
+        );
+        assert_eq!(
+            (device.peers[0].rx_bytes, device.peers[0].tx_bytes),
+            (2224, 38333)
+        );
+        assert_eq!(
+            (device.peers[1].rx_bytes, device.peers[1].allowed_ips.len()),
+            (u64::MAX, 0)
+        );
+        let ips: Vec<_> = device.peers[0]
+            .allowed_ips
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(ips, ["192.168.4.4/32", "fd00::/64"]);
+    }
+
+    #[test]
+    fn boringtun() {
+        // It leaves out what is zero, and tells the age of a handshake in place of its time.
+        let [own, first, second] = KEYS;
+        let device = parse_text(&format!(
+            "own_public_key={own}\npublic_key={first}\nendpoint=10.0.0.1:5\n\
+             allowed_ip=10.0.0.0/8\nlast_handshake_time_sec=100\nlast_handshake_time_nsec=1\n\
+             rx_bytes=1\ntx_bytes=2\npublic_key={second}\nrx_bytes=0\ntx_bytes=0\nerrno=0\n\n"
+        ))
+        .unwrap();
+        assert_eq!(device.own_key, parse_hex_key(own));
+        assert_eq!(
+            device.peers.iter().map(seconds).collect::<Vec<_>>(),
+            [Some(1_699_999_899), None]
+        );
+    }
+
+    #[test]
+    fn no_peers() {
+        assert_eq!(parse_text("errno=0\n\n").unwrap().peers, []);
+        assert_eq!(parse_text("listen_port=1\nerrno=0\n\n").unwrap().peers, []);
+        assert!(parse_status(&b"errno=0\n\n"[..]).is_ok());
+    }
+
+    #[test]
+    fn malformed() {
+        let key = KEYS[0];
+        for text in [
+            "",
+            "\n",
+            "errno=0",
+            "errno=0\n",
+            "errno\n\n",
+            "errno=1\n\n",
+            "errno=-22\n\n",
+            "errno=zero\n\n",
+            "HTTP/1.1 200 OK\r\n\r\n",
+            "allowed_ip=10.0.0.0/8\nerrno=0\n\n",
+            "rx_bytes=1\nerrno=0\n\n",
+            "public_key=\nerrno=0\n\n",
+            "public_key\nerrno=0\n\n",
+            "public_key=b8\nerrno=0\n\n",
+            "own_public_key=b8\nerrno=0\n\n",
+            &format!("public_key={key}\n\n"),
+            &format!("public_key={key}\nerrno=5\n\n"),
+            &format!("public_key={key}\nerrno=0\n"),
+            &format!("public_key={key}\nallowed_ip=10.0.0.0\nerrno=0\n\n"),
+            &format!("public_key={key}\nallowed_ip=10.0.0.0/33\nerrno=0\n\n"),
+            &format!("public_key={key}\nrx_bytes=-1\nerrno=0\n\n"),
+            &format!("public_key={key}\nrx_bytes=18446744073709551616\nerrno=0\n\n"),
+            &format!("public_key={key}\nlast_handshake_time_nsec=4294967296\nerrno=0\n\n"),
+            &format!("x={}\nerrno=0\n\n", "x".repeat(2000)),
+        ] {
+            assert!(parse_text(text).is_err(), "{text:?}");
+        }
+        assert!(parse_device(&b"\xff\xfe\nerrno=0\n\n"[..], SystemTime::now()).is_err());
+        let endless = BufReader::new(io::repeat(b'x'));
+        assert!(parse_device(endless, SystemTime::now()).is_err());
+    }
+
+    /// Sends the same line for ever.
+    struct Flood;
+    impl Read for Flood {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            const LINE: &[u8] = b"fwmark=1234567\n";
+            let lines = buffer.len() / LINE.len();
+            for line in buffer.chunks_exact_mut(LINE.len()) {
+                line.copy_from_slice(LINE);
+            }
+            Ok(lines * LINE.len())
+        }
+    }
+
+    #[test]
+    fn floods_end() {
+        let error = parse_device(BufReader::new(Flood), SystemTime::now())
+            .err()
+            .unwrap();
+        assert!(
+            matches!(error, ParseGetResponseError::ReadLineIoError(_)),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn sets() {
+        assert!(same_set(&[2, 1, 1], &[1, 2]));
+        assert!(!same_set(&[1], &[1, 2]));
+        assert!(same_set::<u8>(&[], &[]));
+    }
+}

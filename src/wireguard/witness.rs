@@ -271,3 +271,166 @@ fn records<'a, T>(
         Some(record.map(|(_, content)| content).ok_or(MALFORMED))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAMILY: u16 = 0x1d;
+
+    fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(4 + payload.len()).unwrap();
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(payload);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + body.len()).unwrap();
+        let mut bytes = Vec::from(length.to_ne_bytes());
+        bytes.extend([kind.to_ne_bytes(), flags.to_ne_bytes()].concat());
+        bytes.extend([0; 8]);
+        bytes.extend(body);
+        bytes
+    }
+
+    fn device(flags: u16, attributes: &[Vec<u8>]) -> Vec<u8> {
+        message(
+            FAMILY,
+            flags,
+            &[&[0, 1, 0, 0], attributes.concat().as_slice()].concat(),
+        )
+    }
+
+    fn peer(key: u8, allowed_ips: usize) -> Vec<u8> {
+        let ips = attribute(1, &[0; 2]).repeat(allowed_ips);
+        let ips = attribute(WGPEER_A_ALLOWEDIPS | 0x8000, &ips);
+        attribute(
+            0x8000,
+            &[attribute(WGPEER_A_PUBLIC_KEY, &[key; 32]), ips].concat(),
+        )
+    }
+
+    fn full_page() -> Vec<u8> {
+        let peers = [peer(1, 0), peer(2, 3)].concat();
+        let device = device(
+            2,
+            &[
+                attribute(WGDEVICE_A_IFINDEX, &7_u32.to_ne_bytes()),
+                attribute(WGDEVICE_A_IFNAME, b"wg0\0"),
+                attribute(3, &[9; 32]),
+                attribute(WGDEVICE_A_PUBLIC_KEY, &[8; 32]),
+                attribute(WGDEVICE_A_PEERS | 0x8000, &peers),
+            ],
+        );
+        [device, message(NLMSG_DONE, 2, &[0; 4])].concat()
+    }
+
+    #[test]
+    fn pages() {
+        let page = parse_page(&full_page(), FAMILY).unwrap();
+        let expected = Page {
+            ifindex: Some(7),
+            own_key: Some([8; 32].into()),
+            peers: vec![([1; 32].into(), 0), ([2; 32].into(), 3)],
+            has_device: true,
+            interrupted: false,
+            last: true,
+        };
+        assert_eq!(page, expected);
+
+        // Disturbed; without peers, because the one at the cursor was removed.
+        let page = parse_page(&device(2 | NLM_F_DUMP_INTR, &[]), FAMILY).unwrap();
+        assert!(page.interrupted && page.has_device && !page.last);
+        let page = parse_page(&message(NLMSG_DONE, 2, &[0; 4]), FAMILY).unwrap();
+        assert!(page.last && !page.has_device && !page.interrupted);
+        // Other families' messages say nothing.
+        assert_eq!(
+            parse_page(&message(FAMILY + 1, 2, &[1; 3]), FAMILY),
+            Ok(Page::default())
+        );
+        assert_eq!(parse_page(&[], FAMILY), Ok(Page::default()));
+    }
+
+    #[test]
+    fn refusals() {
+        for errno in [Errno::ENODEV, Errno::EPERM, Errno::EOPNOTSUPP] {
+            let status = (-(errno as i32)).to_ne_bytes();
+            for kind in [NLMSG_ERROR, NLMSG_DONE] {
+                let refusal = message(kind, 0, &[&status[..], &[0; 20]].concat());
+                assert_eq!(parse_page(&refusal, FAMILY), Err(errno));
+                assert_eq!(parse_family(&refusal), Err(errno));
+            }
+        }
+    }
+
+    #[test]
+    fn families() {
+        let family = |id: &[u8]| {
+            let name = attribute(CTRL_ATTR_FAMILY_NAME, b"wireguard\0");
+            let body = [vec![1, 2, 0, 0], name, attribute(CTRL_ATTR_FAMILY_ID, id)].concat();
+            parse_family(&message(GENL_ID_CTRL, 0, &body))
+        };
+        assert_eq!(family(&FAMILY.to_ne_bytes()), Ok(FAMILY));
+        assert_eq!(family(&[1]), Err(MALFORMED));
+        assert_eq!(
+            parse_family(&message(GENL_ID_CTRL, 0, &[1, 2, 0, 0])),
+            Err(MALFORMED)
+        );
+        assert_eq!(parse_family(&[]), Err(MALFORMED));
+    }
+
+    #[test]
+    fn requests() {
+        let bytes = request(FAMILY, NLM_F_REQUEST, 3, (2, "wg-15-bytes-xyz"));
+        let (kind, flags, body) = messages(&bytes).next().unwrap().unwrap();
+        assert_eq!(
+            (bytes.len() % 4, kind, flags, &body[..4]),
+            (0, FAMILY, 1, &[3, 1, 0, 0][..])
+        );
+        let attributes: Vec<_> = attributes(&body[4..]).collect();
+        assert_eq!(attributes, [Ok((2, &b"wg-15-bytes-xyz\0"[..]))]);
+    }
+
+    #[test]
+    fn malformed() {
+        let short = [
+            device(0, &[attribute(WGDEVICE_A_IFINDEX, &[0; 3])]),
+            device(0, &[attribute(WGDEVICE_A_PUBLIC_KEY, &[0; 31])]),
+            device(
+                0,
+                &[attribute(
+                    WGDEVICE_A_PEERS,
+                    &attribute(0, &attribute(1, &[0; 33])),
+                )],
+            ),
+            device(0, &[attribute(WGDEVICE_A_PEERS, &attribute(0, &[]))]),
+            device(0, &[vec![3, 0, 8, 0]]), // shorter than its header
+            device(0, &[vec![0, 0, 0, 0]]), // would go on for ever
+            device(0, &[vec![255, 255, 8, 0]]), // longer than the message
+            device(0, &[vec![4, 0]]),
+            message(FAMILY, 0, &[0; 3]),
+            message(NLMSG_DONE, 0, &[0; 3]),
+            message(NLMSG_ERROR, 0, &1_i32.to_ne_bytes()),
+            vec![0; 15],
+            vec![0; 16],
+            [15_u32.to_ne_bytes(), [0; 4], [0; 4], [0; 4]].concat(),
+            [u32::MAX.to_ne_bytes(), [0; 4], [0; 4], [0; 4]].concat(),
+        ];
+        for bytes in short {
+            assert_eq!(parse_page(&bytes, FAMILY), Err(MALFORMED), "{bytes:?}");
+        }
+        // Cut anywhere, or with any byte changed, it is parsed or refused, and never a panic.
+        let full = full_page();
+        for end in 0..full.len() {
+            let _ = parse_page(&full[..end], FAMILY);
+            let _ = parse_family(&full[..end]);
+            for value in [0, 1, 0x7f, 0xff] {
+                let mut changed = full.clone();
+                changed[end] = value;
+                let _ = parse_page(&changed, FAMILY);
+            }
+        }
+    }
+}
