@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::{Duration, Instant, SystemTime};
 
-use nix::sys::signal::Signal;
 use vpn_daemon::wireguard::{AllowedIp, PublicKey, WireGuard};
 
 use crate::Case;
@@ -405,7 +404,7 @@ fn device_made_again(kind: Kind) {
 fn process_hangs(kind: Kind) {
     let device = Device::new(kind);
     device.add(&key(1), &ips(&["10.1.0.1/32"]));
-    device.signal(Signal::SIGSTOP);
+    device.stop();
     let deadline = || Instant::now() + Duration::from_millis(300);
     let ip = ips(&["10.1.0.2/32"]);
     let errors = [
@@ -419,7 +418,7 @@ fn process_hangs(kind: Kind) {
             .remove_peer(&key(1), deadline())
             .unwrap_err(),
     ];
-    device.signal(Signal::SIGCONT);
+    device.resume();
     for error in errors {
         assert!(
             error.is_timeout() && error.to_string().contains(&device.name),
