@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use super::der::Validity;
-use super::file::{CA_CERTIFICATES, REVOCATION_LISTS, SERVER_CERTIFICATE, SERVER_KEY};
+use super::error::{CA_CERTIFICATES, REVOCATION_LISTS, SERVER_CERTIFICATE, SERVER_KEY, explain};
+use crate::rfc3339;
 
 /// How long before its end a certificate is to be renewed.
 const RENEWAL: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -121,17 +122,17 @@ impl fmt::Display for Finding {
             Self::Expires { whose, not_after, days } => write!(
                 f,
                 "{whose} expires in {days} days, on {}: renew it and reload the daemon",
-                date(*not_after)
+                rfc3339::format(*not_after)
             ),
             Self::Expired { whose, not_after } => write!(
                 f,
                 "{whose} has expired on {}: renew it and reload the daemon",
-                date(*not_after)
+                rfc3339::format(*not_after)
             ),
             Self::NotYetValid { whose, not_before } => write!(
                 f,
                 "{whose} is not valid before {}: check the clock, or issue it again",
-                date(*not_before)
+                rfc3339::format(*not_before)
             ),
             Self::Usage => write!(
                 f,
@@ -150,8 +151,9 @@ impl fmt::Display for Finding {
             ),
             Self::Chain(error) => write!(
                 f,
-                "{SERVER_CERTIFICATE} does not hold a good chain: {error}: put the server's \
-                 certificate first, then its intermediate certificates"
+                "{SERVER_CERTIFICATE} does not hold a good chain: {}: put the server's \
+                 certificate first, then its intermediate certificates",
+                explain(error)
             ),
             Self::OtherIssuer => write!(
                 f,
@@ -162,7 +164,7 @@ impl fmt::Display for Finding {
                 f,
                 "{REVOCATION_LISTS}: a newer version of list {number} was due on {}: what it \
                  revokes stays revoked; later revocations are unknown",
-                date(*next_update)
+                rfc3339::format(*next_update)
             ),
             Self::KeyOpen { mode } => {
                 write!(f, "{SERVER_KEY} may be read by everybody (mode {mode:04o}): chmod o= it")
@@ -180,42 +182,12 @@ impl fmt::Display for Whose {
     }
 }
 
-/// `2026-11-22 13:58 UTC`.
-pub(super) fn date(time: SystemTime) -> String {
-    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    // Days since 0000-03-01 of the proleptic Gregorian calendar, whose 400 years have 146,097.
-    let days = seconds / 86_400 + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
-    let (year, hour, minute) = (era * 400 + year + next, seconds / 3600 % 24, seconds / 60 % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02} UTC")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn at(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
-    }
-
-    #[test]
-    fn dates() {
-        for (seconds, expected) in [
-            (0, "1970-01-01 00:00 UTC"),
-            (951_782_399, "2000-02-28 23:59 UTC"),
-            (951_825_600, "2000-02-29 12:00 UTC"),
-            (951_868_800, "2000-03-01 00:00 UTC"),
-            (1_795_355_893, "2026-11-22 13:58 UTC"),
-            (4_107_542_400, "2100-03-01 00:00 UTC"),
-            (253_402_300_799, "9999-12-31 23:59 UTC"),
-        ] {
-            assert_eq!(date(at(seconds)), expected);
-        }
     }
 
     #[test]
@@ -232,7 +204,7 @@ mod tests {
         assert!(matches!(finding(2000 * DAY + 1), Some(Finding::Expired { .. })));
         assert_eq!(
             finding(1990 * DAY).unwrap().to_string(),
-            "server.crt expires in 10 days, on 1975-06-24 00:00 UTC: renew it and reload the daemon"
+            "server.crt expires in 10 days, on 1975-06-24T00:00:00Z: renew it and reload the daemon"
         );
     }
 }

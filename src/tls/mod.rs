@@ -3,42 +3,45 @@
 //! TLS 1.3 only, a client certificate is required. Sessions are never resumed: a resumed session
 //! does not look at the client's certificate again, and would let in who has been revoked or has
 //! expired since.
+//!
+//! A client is let in when its chain leads to a certificate in `ca.crt`, every certificate of the
+//! chain is valid now (the CA's too), names client authentication as a usage or no usage at all
+//! (RFC 5280, section 4.2.1.12), keeps to its CA's name constraints, and is in no list in `ca.crl`.
+//! A list speaks for the clients of the CA that has signed it; clients of a CA without a list are
+//! not looked up. A list whose next update is overdue stays in force and is warned of: refusing
+//! everybody because nobody renewed a list would shut the portal out.
 
 use std::fmt;
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use rustls::ServerConfig;
-use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::{
-    CertificateDer, PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer,
-    ServerName,
-};
-use rustls::server::NoServerSessionStorage;
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::pki_types::{CertificateDer, ServerName};
 use webpki::{EndEntityCert, KeyUsage};
 
 mod der;
+mod error;
 mod file;
 mod finding;
 mod refusal;
+mod source;
 mod verifier;
 
 pub use der::Validity;
-pub use file::{CA_CERTIFICATES, Error, Problem, REVOCATION_LISTS, SERVER_CERTIFICATE, SERVER_KEY};
+pub use error::{
+    CA_CERTIFICATES, Error, Problem, REVOCATION_LISTS, SERVER_CERTIFICATE, SERVER_KEY,
+};
 pub use finding::{Finding, Severity, Whose};
 pub use refusal::{Reason, Refusal, Throttle};
 
-use verifier::{Authority, ClientVerifier, RevocationList};
+use source::Source;
+use verifier::{Authority, ClientVerifier};
 
-/// Longest client name that is kept, in characters of the certificate.
+/// Longest common name that is kept, in characters of the certificate.
 const MAX_NAME: usize = 128;
 
 /// A set of credentials that fit together, read from one directory.
-#[derive(Debug)]
 pub struct Credentials {
     config: Arc<ServerConfig>,
     authorities: Vec<Authority>,
@@ -55,8 +58,9 @@ pub struct Tls {
     current: RwLock<Arc<Credentials>>,
 }
 
-/// A client's common name in printable ASCII, fit for a log line and a header: everything else,
-/// and the backslash, is written as `\u{…}`.
+/// A certificate's common name in printable ASCII, fit for a log line and a header.
+///
+/// Everything else, and the backslash, is written as `\u{…}`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClientName(String);
 
@@ -93,129 +97,6 @@ pub fn errors(directory: &Path) -> Vec<Error> {
     }
 }
 
-/// The directory that is being read.
-struct Source<'a> {
-    directory: &'a Path,
-    provider: Arc<CryptoProvider>,
-}
-
-impl<'a> Source<'a> {
-    fn new(directory: &'a Path) -> Result<Self, Error> {
-        if directory.as_os_str().is_empty() {
-            return Err(Error::NoDirectory);
-        }
-        match fs::read_dir(directory) {
-            // Listing it is not needed.
-            Err(error) if error.kind() != std::io::ErrorKind::PermissionDenied => {
-                Err(Error::Directory { path: directory.to_path_buf(), error })
-            }
-            _ => Ok(Self { directory, provider: Arc::new(ring::default_provider()) }),
-        }
-    }
-
-    fn error(&self, name: &str, problem: Problem) -> Error {
-        Error::File { path: self.directory.join(name), problem }
-    }
-
-    fn read(
-        &self,
-        name: &str,
-        wanted: &[&str],
-        ignored: &[&str],
-        what: &'static str,
-    ) -> Result<Vec<file::Block>, Error> {
-        file::read(&self.directory.join(name), wanted, ignored, what)
-            .map_err(|problem| self.error(name, problem))
-    }
-
-    fn authorities(&self) -> Result<Vec<Authority>, Error> {
-        self.read(CA_CERTIFICATES, &["CERTIFICATE"], &[], "certificate")?
-            .into_iter()
-            .zip(1..)
-            .map(|(block, number)| Authority::new(block.der, number))
-            .collect::<Result<_, _>>()
-            .map_err(|problem| self.error(CA_CERTIFICATES, problem))
-    }
-
-    fn chain(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
-        self.read(SERVER_CERTIFICATE, &["CERTIFICATE"], &[], "certificate")?
-            .into_iter()
-            .zip(1..)
-            .map(|(block, number)| {
-                let certificate = CertificateDer::from(block.der);
-                match EndEntityCert::try_from(&certificate) {
-                    Ok(_) => Ok(certificate),
-                    Err(error) => Err(Problem::Certificate { number, error }),
-                }
-            })
-            .collect::<Result<_, _>>()
-            .map_err(|problem| self.error(SERVER_CERTIFICATE, problem))
-    }
-
-    fn key(&self) -> Result<PrivateKeyDer<'static>, Error> {
-        let wanted = ["PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY"];
-        let mut blocks = self.read(SERVER_KEY, &wanted, &["EC PARAMETERS"], "private key")?;
-        match (blocks.pop(), blocks.is_empty()) {
-            (Some(file::Block { label, der }), true) => Ok(match label.as_str() {
-                "EC PRIVATE KEY" => PrivateSec1KeyDer::from(der).into(),
-                "RSA PRIVATE KEY" => PrivatePkcs1KeyDer::from(der).into(),
-                _ => PrivatePkcs8KeyDer::from(der).into(),
-            }),
-            _ => Err(self.error(SERVER_KEY, Problem::SeveralKeys)),
-        }
-    }
-
-    fn lists(&self, authorities: &[Authority]) -> Result<Vec<RevocationList>, Error> {
-        let blocks = match self.read(REVOCATION_LISTS, &["X509 CRL"], &[], "revocation list") {
-            Err(Error::File { problem: Problem::Missing, .. }) => return Ok(Vec::new()),
-            blocks => blocks?,
-        };
-        let algorithms = &self.provider.signature_verification_algorithms;
-        blocks
-            .iter()
-            .zip(1..)
-            .map(|(block, number)| RevocationList::new(&block.der, number, authorities, algorithms))
-            .collect::<Result<_, _>>()
-            .map_err(|problem| self.error(REVOCATION_LISTS, problem))
-    }
-
-    fn assemble(
-        &self,
-        authorities: Vec<Authority>,
-        chain: Vec<CertificateDer<'static>>,
-        key: PrivateKeyDer<'static>,
-        lists: Vec<RevocationList>,
-    ) -> Result<Credentials, Error> {
-        let key = self.provider.key_provider.load_private_key(key);
-        let key = key.map_err(|_| self.error(SERVER_KEY, Problem::Key))?;
-        let certified = CertifiedKey::new(chain.clone(), key);
-        certified.keys_match().map_err(|_| self.error(SERVER_KEY, Problem::KeyMismatch))?;
-        let malformed = || Problem::Certificate { number: 1, error: webpki::Error::BadDer };
-        let validity = chain.first().and_then(|leaf| Some(der::Certificate::read(leaf)?.validity));
-        let validity = validity.ok_or_else(|| self.error(SERVER_CERTIFICATE, malformed()))?;
-
-        let algorithms = self.provider.signature_verification_algorithms;
-        let verifier = Arc::new(ClientVerifier::new(&authorities, lists, algorithms));
-        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(Error::Rustls)?
-            .with_client_cert_verifier(verifier.clone())
-            .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-
-        let metadata = fs::metadata(self.directory.join(SERVER_KEY));
-        Ok(Credentials {
-            config: Arc::new(config),
-            authorities,
-            verifier,
-            chain,
-            validity,
-            key_mode: metadata.map_or(0, |metadata| metadata.permissions().mode() & 0o7777),
-        })
-    }
-}
-
 impl Credentials {
     /// For [`rustls::ServerConnection::new`].
     pub fn server_config(&self) -> Arc<ServerConfig> {
@@ -227,9 +108,20 @@ impl Credentials {
         self.validity.not_after
     }
 
-    /// Common names of the CAs whose clients are served, as they stand in `ca.crt`.
-    pub fn authorities(&self) -> impl Iterator<Item = Option<ClientName>> {
-        self.authorities.iter().map(|authority| authority.name.as_deref().map(ClientName::new))
+    /// The server's certificate: its common name and validity.
+    pub fn server(&self) -> (Option<ClientName>, Validity) {
+        (self.chain.first().and_then(ClientName::of), self.validity)
+    }
+
+    /// The CAs whose clients are served, as they stand in `ca.crt`: common name and validity.
+    pub fn authorities(&self) -> impl Iterator<Item = (Option<ClientName>, Validity)> {
+        let name = |authority: &Authority| authority.name.as_deref().map(ClientName::new);
+        self.authorities.iter().map(move |authority| (name(authority), authority.validity))
+    }
+
+    /// Number of revocation lists.
+    pub fn revocation_lists(&self) -> usize {
+        self.verifier.lists().len()
     }
 
     /// What is noteworthy at a time, in the order of the files.
@@ -288,6 +180,13 @@ impl Credentials {
         {
             findings.push(Finding::NoName);
         }
+    }
+}
+
+impl fmt::Debug for Credentials {
+    /// Shows nothing of the private key, whatever rustls may print.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("validity", &self.validity).finish_non_exhaustive()
     }
 }
 

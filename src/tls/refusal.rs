@@ -6,7 +6,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustls::{AlertDescription, CertificateError, Error as E, PeerIncompatible};
 
-use super::finding::date;
+use super::error::explain;
+use crate::rfc3339;
 
 /// How long the log is quiet about a reason it has just named.
 const QUIET: Duration = Duration::from_secs(1);
@@ -121,7 +122,7 @@ impl From<&CertificateError> for Refusal {
     fn from(error: &CertificateError) -> Self {
         use CertificateError as C;
         let time = |time: &rustls::pki_types::UnixTime| {
-            date(SystemTime::UNIX_EPOCH + Duration::from_secs(time.as_secs()))
+            rfc3339::format(SystemTime::UNIX_EPOCH + Duration::from_secs(time.as_secs()))
         };
         match error {
             C::ExpiredContext { not_after, .. } => {
@@ -139,7 +140,8 @@ impl From<&CertificateError> for Refusal {
                 Some(webpki::Error::NameConstraintViolation) => {
                     Self::new(Reason::NameConstraint, "")
                 }
-                _ => Self::new(Reason::BadCertificate, &other.0),
+                Some(error) => Self::new(Reason::BadCertificate, explain(error)),
+                None => Self::new(Reason::BadCertificate, &other.0),
             },
             other => Self::new(Reason::BadCertificate, format_args!("{other:?}")),
         }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use webpki::{CertRevocationList, EndEntityCert, KeyUsage, OwnedCertRevocationList, VerifiedPath};
 
 use super::der::{self, Validity};
-use super::file::Problem;
+use super::error::Problem;
 
 /// A certificate in `ca.crt`.
 #[derive(Debug)]
