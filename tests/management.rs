@@ -76,7 +76,7 @@ fn lists_clients_with_names_and_addresses() {
     fakes.push(FakeClient::new("UNDEF", "", "", 2));
     fakes.push(FakeClient::new("UNDEF", "10.0.0.8", "", 3));
     fakes.push(FakeClient::new("no address yet", "", "", 4));
-    for mood in [Mood::Healthy, Mood::Chatty, Mood::Slow(50)] {
+    for mood in [Mood::Healthy, Mood::Chatty, Mood::Slow(50), Mood::Stalled] {
         let _process = FakeOpenVpn::start(directory.join("s.sock"), mood, fakes.clone());
         let listing = backend(&directory).clients(soon()).unwrap();
         let expected: Vec<Client> = odd
@@ -449,7 +449,7 @@ fn disconnects_every_client_of_that_name() {
             ..FakeClient::new("", "", "", id)
         })
         .collect();
-    let processes: Vec<FakeOpenVpn> = [Mood::Healthy, Mood::Chatty]
+    let processes: Vec<FakeOpenVpn> = [Mood::Healthy, Mood::Chatty, Mood::Stalled]
         .into_iter()
         .map(|mood| FakeOpenVpn::start(directory.join(&format!("{mood:?}")), mood, all.clone()))
         .collect();
@@ -462,7 +462,7 @@ fn disconnects_every_client_of_that_name() {
         };
         assert_eq!(
             backend.disconnect(&name(text), soon()).unwrap(),
-            2 * own,
+            3 * own,
             "{text:?}"
         );
         assert!(!processes[0].names().iter().any(|left| left == text));
