@@ -5,12 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use wireguard_uapi::err::{ConnectError, NlError, SetDeviceError};
+use wireguard_uapi::err::{ConnectError, GetDeviceError, NlError, SetDeviceError};
 use wireguard_uapi::linux::set;
 use wireguard_uapi::{DeviceInterface, WgSocket, get};
 
-use super::witness::Witness;
-use super::{Backend, Change, DeviceName, Error, Peer};
+use super::witness::{Page, Witness};
+use super::{Backend, Change, DeviceName, Error, Peer, PublicKey};
 
 /// How often a disturbed dump is started again.
 const TRIES: u32 = 50;
@@ -49,9 +49,7 @@ impl Backend for Kernel<'_> {
 
     fn apply(&self, changes: &[Change]) -> Result<(), Error> {
         // The kernel silently ignores a peer with the device's own key.
-        let witness = Witness::open(self.device, self.deadline).map_err(|e| self.error(e))?;
-        let own_key = witness.page().map_err(|e| self.error(e))?.own_key;
-        drop(witness);
+        let own_key = self.own_key().map_err(|errno| self.error(errno))?;
         let own = changes.iter().find_map(|change| match change {
             Change::Set(key, _) if Some(**key) == own_key => Some(**key),
             _ => None,
@@ -77,30 +75,43 @@ impl Backend for Kernel<'_> {
 }
 
 impl Kernel<'_> {
+    fn own_key(&self) -> Result<Option<PublicKey>, Errno> {
+        let witness = Witness::open(self.deadline)?;
+        witness.begin(self.device)?;
+        witness.page().map(|page| page.own_key)
+    }
+
     /// One dump; `None` where it was disturbed.
     ///
     /// The crate panics on some disturbed dumps and returns others cut short; the witness tells.
     fn try_dump(&self) -> Result<Option<get::Device>, Error> {
-        let witness = Witness::open(self.device, self.deadline).map_err(|e| self.error(e))?;
+        let witness = Witness::open(self.deadline).map_err(|errno| self.error(errno))?;
         let mut socket = self.connect()?;
         let interface = DeviceInterface::from_name(self.device.as_str());
+        witness
+            .begin(self.device)
+            .map_err(|errno| self.error(errno))?;
         let dump = catch_unwind(AssertUnwindSafe(|| socket.get_device(interface)));
-        let first = witness.page().map_err(|e| self.error(e))?;
-        let Ok(dump) = dump else { return Ok(None) };
-        let Ok(dump) = dump else { return Ok(None) };
+        let first = witness.page().map_err(|errno| self.error(errno))?;
         let second = if first.last {
-            None
+            Ok(Page::default())
         } else {
-            Some(witness.page().map_err(|e| self.error(e))?)
+            witness.page()
         };
-        let complete = match second {
-            Some(second) if second.has_device => !second.interrupted,
-            _ => {
-                let peers = dump.peers.iter();
-                peers
-                    .map(|peer| (peer.public_key.into(), peer.allowed_ips.len()))
-                    .eq(first.peers)
-            }
+        let second = second.map_err(|errno| self.error(errno))?;
+        if second.interrupted {
+            return Ok(None);
+        }
+        let dump = match dump {
+            Ok(Ok(dump)) => dump,
+            // The panic and "no such device" come of changes, too.
+            Err(_) | Ok(Err(GetDeviceError::AccessError)) => return Ok(None),
+            Ok(Err(error)) => return Err(self.internal(&error.to_string())),
+        };
+        let complete = second.has_device || {
+            let peers = dump.peers.iter();
+            let peers = peers.map(|peer| (peer.public_key.into(), peer.allowed_ips.len()));
+            peers.eq(first.peers)
         };
         Ok((complete && first.ifindex == Some(dump.ifindex)).then_some(dump))
     }

@@ -2,6 +2,7 @@
 
 mod error;
 mod kernel;
+mod reply;
 mod turns;
 mod types;
 mod userspace;
@@ -158,7 +159,7 @@ fn choose<T>(
         Err(Error::Kernel(_, errno @ (ENODEV | ENOENT | EOPNOTSUPP | EPERM))) => errno,
         result => return result,
     };
-    match operation(&Userspace { device, deadline }) {
+    match operation(&Userspace::new(device, deadline)) {
         Err(Error::Socket(path, error)) => {
             Err(neither(device, errno, error.kind()).unwrap_or(Error::Socket(path, error)))
         }
