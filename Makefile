@@ -14,4 +14,5 @@ check:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
 test:
+	tests/install-deps
 	$(CARGO) test --locked

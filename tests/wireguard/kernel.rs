@@ -1,0 +1,219 @@
+//! The cases of the kernel alone: its dumps come in pieces, and other programs may disturb them.
+
+use std::fmt::Write;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use vpn_daemon::wireguard::{AllowedIp, PublicKey, WireGuard};
+
+use crate::cases::{block, ips, key, texts};
+use crate::devices::{Device, Kind, command, input, soon, unused_name};
+use crate::{Case, say};
+
+pub const CASES: &[Case] = &[
+    (
+        "peer counts around the dump's message boundaries",
+        peer_counts,
+    ),
+    (
+        "0 to 60 allowed IPs around the message boundaries",
+        allowed_ip_counts,
+    ),
+    ("10,000 peers", ten_thousand_peers),
+    (
+        "dumps while peers are removed and added",
+        dumps_while_peers_change,
+    ),
+    (
+        "dumps while allowed IPs change",
+        dumps_while_allowed_ips_change,
+    ),
+    ("without CAP_NET_ADMIN", without_capability),
+    ("an interface that is not WireGuard", not_wireguard),
+];
+
+/// The value of `ROLE` for a process without capabilities.
+pub const UNPRIVILEGED: &str = "unprivileged";
+
+type Peers = Vec<(PublicKey, Vec<AllowedIp>)>;
+
+fn peer_counts(kind: Kind) {
+    for count in (1..=1).chain(19..=25).chain([90, 200]) {
+        let device = Device::new(kind);
+        for number in 0..count {
+            let address = format!("fd00::{number:x}/128");
+            device.add(&key(number), &[block(number, 1), ips(&[&address])].concat());
+        }
+        assert_eq!(device.check(), count as usize);
+    }
+}
+
+fn allowed_ip_counts(kind: Kind) {
+    let device = Device::new(kind);
+    device.load((0..=60).map(|n| (key(n), block(n * 100, n))).collect());
+    assert_eq!(device.check(), 61);
+}
+
+fn ten_thousand_peers(kind: Kind) {
+    let device = Device::new(kind);
+    device.load((0..10_000).map(|n| (key(n), block(n, 1))).collect());
+    assert_eq!(device.check(), 10_000);
+    device.add(&key(10_000), &ips(&["fd00::1/128"]));
+    assert_eq!(
+        device.remove(&key(5000)).unwrap().allowed_ips,
+        block(5000, 1)
+    );
+    assert_eq!(device.check(), 10_000);
+}
+
+/// The kernel ends a dump early when the peer that it stands at goes away. Peers that stay are
+/// mixed with peers that go, one after another, until none is left; and so on for 20 s.
+fn dumps_while_peers_change(kind: Kind) {
+    let device = Device::new(kind);
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut dumps = Dumps::default();
+    while Instant::now() < end {
+        let (mut all, mut staying) = (Peers::new(), Peers::new());
+        for n in 0..150 {
+            all.push((key(n), block(n, 1)));
+            let count = if n % 10 == 0 { 200 } else { 2 };
+            staying.push((key(1000 + n), block(100_000 + n * 200, count)));
+            all.extend(staying.last().cloned());
+        }
+        device.load(all);
+        dumps.watch(&device.wireguard, &staying, || {
+            for n in (0..150).take_while(|_| Instant::now() < end) {
+                device.wg(&["peer", &key(n).to_string(), "remove"]);
+                let newcomer = key(10_000 + n).to_string();
+                device.wg(&["peer", &newcomer, "allowed-ips", "10.200.0.1/32"]);
+            }
+        });
+    }
+    dumps.judge();
+}
+
+/// The kernel leaves out the rest of a peer's allowed IPs when any allowed IP has changed.
+fn dumps_while_allowed_ips_change(kind: Kind) {
+    let device = Device::new(kind);
+    let staying: Peers = (0..20).map(|n| (key(n), block(n * 400, 400))).collect();
+    device.load(staying.clone());
+    let end = Instant::now() + Duration::from_secs(10);
+    let mut dumps = Dumps::default();
+    dumps.watch(&device.wireguard, &staying, || {
+        // Another daemon on the same device.
+        let other = WireGuard::new(device.name.parse().unwrap());
+        let mut round = 0;
+        while Instant::now() < end {
+            // It may give up when both disturb each other.
+            let _ = other.add_peer(&key(1000), &block(100_000 + round % 2, 3), soon());
+            round += 1;
+        }
+    });
+    dumps.judge();
+}
+
+/// Counts dumps that came back whole, and dumps that failed.
+#[derive(Default)]
+struct Dumps {
+    whole: u32,
+    failed: u32,
+}
+
+impl Dumps {
+    /// Reads the peers again and again while `disturb` runs: none of the staying peers, and none
+    /// of their allowed IPs, may ever be missing.
+    fn watch(&mut self, wireguard: &WireGuard, staying: &Peers, disturb: impl Fn() + Send) {
+        std::thread::scope(|scope| {
+            let disturber = scope.spawn(disturb);
+            while !disturber.is_finished() {
+                let Ok(peers) = wireguard.peers(Instant::now() + Duration::from_millis(2500))
+                else {
+                    self.failed += 1;
+                    continue;
+                };
+                self.whole += 1;
+                for (key, allowed_ips) in staying {
+                    let peer = peers.iter().find(|peer| peer.public_key == *key);
+                    let seen = peer.map(|peer| texts(&peer.allowed_ips));
+                    assert_eq!(seen, Some(texts(allowed_ips)), "peer {key} in a short dump");
+                }
+            }
+        });
+    }
+
+    /// Most dumps have to come back in time, however disturbed.
+    fn judge(&self) {
+        say(&format!(
+            "kernel: {} disturbed dumps were whole, {} failed",
+            self.whole, self.failed
+        ));
+        assert!(
+            self.whole > 10 && self.whole > 4 * self.failed,
+            "too few dumps came back"
+        );
+    }
+}
+
+fn without_capability(kind: Kind) {
+    let device = Device::new(kind);
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "kernel"])
+        .env("ROLE", UNPRIVILEGED)
+        .env("DEVICE", &device.name)
+        .uid(65534) // leaves root's capabilities behind
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && output.contains("1 passed"),
+        "{output}"
+    );
+}
+
+/// What the process without capabilities does.
+pub fn unprivileged() {
+    let wireguard = WireGuard::new(std::env::var("DEVICE").unwrap().parse().unwrap());
+    let errors = [
+        wireguard.peers(soon()).unwrap_err(),
+        wireguard
+            .add_peer(&key(1), &ips(&["10.1.0.1/32"]), soon())
+            .unwrap_err(),
+        wireguard.remove_peer(&key(1), soon()).unwrap_err(),
+    ];
+    for error in errors {
+        let text = error.to_string();
+        assert!(
+            text.contains("CAP_NET_ADMIN") && text.contains(wireguard.device()),
+            "{text}"
+        );
+    }
+}
+
+fn not_wireguard(_: Kind) {
+    let name = unused_name();
+    command("ip", &["link", "add", &name, "type", "veth"]);
+    let error = WireGuard::new(name.parse().unwrap())
+        .peers(soon())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains(&name) && error.contains("not a WireGuard device"),
+        "{error}"
+    );
+}
+
+impl Device {
+    /// Makes these the device's only peers, with `wg setconf`.
+    fn load(&self, peers: Peers) {
+        let mut config = format!("[Interface]\nPrivateKey = {}\n", self.private_key);
+        for (key, allowed_ips) in peers {
+            writeln!(config, "[Peer]\nPublicKey = {key}").unwrap();
+            let list: Vec<String> = allowed_ips.iter().map(ToString::to_string).collect();
+            if !list.is_empty() {
+                writeln!(config, "AllowedIPs = {}", list.join(", ")).unwrap();
+            }
+        }
+        input("wg", &["setconf", &self.name, "/dev/stdin"], &config);
+    }
+}
