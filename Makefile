@@ -15,3 +15,8 @@ check:
 
 test:
 	$(CARGO) test --locked
+
+# Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
+.PHONY: demo
+demo:
+	@CARGO="$(CARGO)" KEEP="$(KEEP)" tests/demo
