@@ -56,3 +56,8 @@ rpm: $(TOOLS)/cargo-generate-rpm
 # Boots a Debian with systemd in QEMU and installs the package there; as root.
 test-system:
 	tests/system/run
+
+# Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
+.PHONY: demo
+demo:
+	@CARGO="$(CARGO)" KEEP="$(KEEP)" tests/demo
