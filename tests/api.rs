@@ -49,7 +49,8 @@ fn node() {
     for (load, relative) in (node["load_average"].as_array().unwrap().iter())
         .zip(node["rel_load_average"].as_array().unwrap())
     {
-        let hundredths = (load.as_f64().unwrap() * 100.0).round() as u64;
+        let hundredths = format!("{:.2}", load.as_f64().unwrap()).replace('.', "");
+        let hundredths: u64 = hundredths.parse().unwrap();
         assert_eq!(relative.as_u64().unwrap(), hundredths / cpus);
     }
     assert_eq!(node["load_average"].as_array().unwrap().len(), 3);

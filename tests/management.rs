@@ -1,11 +1,6 @@
 //! The OpenVPN backend over scripted management sockets in every mood.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/management.rs"]
 mod management;
@@ -60,19 +55,13 @@ fn lists_clients_with_names_and_addresses() {
         ("END", "10.0.0.1", "fd00::1"),
         ("CLIENT_LIST", "10.0.0.2", ""),
         ("a, \"b\" \\ c:d;e", "", "fd00::3"),
-        (
-            "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=",
-            "10.0.0.4",
-            "fd00::4",
-        ),
+        ("YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=", "10.0.0.4", "fd00::4"),
         ("Zoë 🐈", "10.0.0.5", "::"),
         ("twice", "10.0.0.6", ""),
         ("twice", "10.0.0.7", ""),
     ];
-    let mut fakes: Vec<FakeClient> = odd
-        .iter()
-        .map(|(name, v4, v6)| FakeClient::new(name, v4, v6, 1))
-        .collect();
+    let mut fakes: Vec<FakeClient> =
+        odd.iter().map(|(name, v4, v6)| FakeClient::new(name, v4, v6, 1)).collect();
     fakes.push(FakeClient::new("UNDEF", "", "", 2));
     fakes.push(FakeClient::new("UNDEF", "10.0.0.8", "", 3));
     fakes.push(FakeClient::new("no address yet", "", "", 4));
@@ -101,18 +90,9 @@ fn a_bad_process_costs_its_own_entry_only() {
         (Mood::Mute, "did not answer within 0.6 s"),
         (Mood::NoEnd, "did not answer within 0.6 s"),
         (Mood::Drip, "did not answer within 0.6 s"),
-        (
-            Mood::CloseAtOnce,
-            "closed the connection before its greeting",
-        ),
-        (
-            Mood::CloseAfterGreeting,
-            "closed the connection in the middle of its reply",
-        ),
-        (
-            Mood::CloseInReply,
-            "closed the connection in the middle of its reply",
-        ),
+        (Mood::CloseAtOnce, "closed the connection before its greeting"),
+        (Mood::CloseAfterGreeting, "closed the connection in the middle of its reply"),
+        (Mood::CloseInReply, "closed the connection in the middle of its reply"),
         (
             Mood::GarbageGreeting,
             "sent a reply that was not understood: \"HTTP/1.0 400 Bad Request\" for a greeting",
@@ -121,10 +101,7 @@ fn a_bad_process_costs_its_own_entry_only() {
             Mood::Garbage,
             "sent a reply that was not understood: a line that is no part of a status report",
         ),
-        (
-            Mood::Reply("END\r\n"),
-            "sent a reply that was not understood: a report without clients",
-        ),
+        (Mood::Reply("END\r\n"), "sent a reply that was not understood: a report without clients"),
         (
             Mood::Reply("CLIENT_LIST\tx\r\n"),
             "sent a reply that was not understood: a client before the names of the columns",
@@ -133,10 +110,7 @@ fn a_bad_process_costs_its_own_entry_only() {
             Mood::Reply("SUCCESS: pid=1\r\n"),
             "sent a reply that was not understood: a line that is no part of a status report",
         ),
-        (
-            Mood::Reply("ERROR: no \x1b[2J\r\n"),
-            "refused the command: no \u{fffd}[2J",
-        ),
+        (Mood::Reply("ERROR: no \x1b[2J\r\n"), "refused the command: no \u{fffd}[2J"),
         (Mood::FloodLine, "sent a line of more than 8 KiB"),
         (Mood::FloodNews, "sent a reply of more than 2048 KiB"),
         (Mood::FloodRows, "sent a reply of more than 2048 KiB"),
@@ -148,11 +122,7 @@ fn a_bad_process_costs_its_own_entry_only() {
     ];
     // All at once beside a healthy one, and each alone.
     let directory = Directory::new();
-    let mut processes = vec![FakeOpenVpn::start(
-        directory.join("ok"),
-        Mood::Healthy,
-        clients(3),
-    )];
+    let mut processes = vec![FakeOpenVpn::start(directory.join("ok"), Mood::Healthy, clients(3))];
     for (index, (mood, _)) in moods.iter().enumerate() {
         processes.push(FakeOpenVpn::start(
             directory.join(&format!("{index:02}")),
@@ -163,11 +133,8 @@ fn a_bad_process_costs_its_own_entry_only() {
     let backend = backend(&directory);
     let listing = backend.clients(short()).unwrap();
     assert_eq!(listing.clients.len(), 3);
-    let failed: Vec<(String, String)> = listing
-        .failed
-        .iter()
-        .map(|f| (f.socket.clone(), f.error.to_string()))
-        .collect();
+    let failed: Vec<(String, String)> =
+        listing.failed.iter().map(|f| (f.socket.clone(), f.error.to_string())).collect();
     let expected: Vec<(String, String)> = moods
         .iter()
         .enumerate()
@@ -181,15 +148,8 @@ fn a_bad_process_costs_its_own_entry_only() {
         let alone = OpenVpn::new(directory.path().to_owned());
         let all = alone.clients(short()).unwrap_err();
         let path = process.path.display();
-        assert_eq!(
-            all.to_string(),
-            format!("OpenVPN management socket {path} {error}")
-        );
-        assert_eq!(
-            all.is_timeout(),
-            error.starts_with("did not answer"),
-            "{mood:?}"
-        );
+        assert_eq!(all.to_string(), format!("OpenVPN management socket {path} {error}"));
+        assert_eq!(all.is_timeout(), error.starts_with("did not answer"), "{mood:?}");
     }
 }
 
@@ -201,10 +161,7 @@ fn says_the_budget_it_had() {
     let deadline = Instant::now() + Duration::from_millis(2500);
     let listing = backend(&directory).clients(deadline).unwrap();
     assert_eq!(listing.failed[0].socket, "default-1.sock");
-    assert_eq!(
-        listing.failed[0].error.to_string(),
-        "did not answer within 2.5 s"
-    );
+    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 2.5 s");
 }
 
 #[test]
@@ -241,10 +198,7 @@ fn a_link_to_a_socket_counts_once() {
     symlink(elsewhere.join("there"), directory.join("link")).unwrap();
     symlink(elsewhere.join("there"), directory.join("link-again")).unwrap();
     let backend = backend(&directory);
-    assert_eq!(
-        backend.sockets().unwrap(),
-        [directory.join("here"), directory.join("link")]
-    );
+    assert_eq!(backend.sockets().unwrap(), [directory.join("here"), directory.join("link")]);
     assert_eq!(backend.clients(soon()).unwrap().clients.len(), 3);
 }
 
@@ -253,10 +207,7 @@ fn a_file_in_place_of_the_directory_is_an_error() {
     let directory = Directory::new();
     fs::write(directory.join("file"), "").unwrap();
     let backend = OpenVpn::new(directory.join("file"));
-    assert!(matches!(
-        backend.clients(soon()),
-        Err(Error::Directory { .. })
-    ));
+    assert!(matches!(backend.clients(soon()), Err(Error::Directory { .. })));
 }
 
 /// The part of [`permissions`] that must not run as root: it is run by it, as another user.
@@ -300,17 +251,12 @@ fn permissions() {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
     for other in [0o001, 0o004, 0o005] {
         // Without root, the directory is closed to its owner, who is us.
-        let mode = if root {
-            0o750 | other
-        } else {
-            other << 6 | other
-        };
+        let mode = if root { 0o750 | other } else { other << 6 | other };
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(mode)).unwrap();
         // The path of the test binary may be closed to others, this link is not.
         let mut test = Command::new("/proc/self/exe");
         test.args(["--exact", "permissions_as_nobody"]);
-        test.env("VPN_DAEMON_TEST_PERMISSIONS", directory.path())
-            .current_dir("/");
+        test.env("VPN_DAEMON_TEST_PERMISSIONS", directory.path()).current_dir("/");
         if root {
             test.uid(65534).gid(65534);
         }
@@ -359,11 +305,7 @@ fn callers_at_once_all_get_whole_lists() {
     let directory = Directory::new();
     let processes: Vec<FakeOpenVpn> = (0..16)
         .map(|n| {
-            FakeOpenVpn::start(
-                directory.join(&format!("{n}.sock")),
-                Mood::Slow(5),
-                clients(64),
-            )
+            FakeOpenVpn::start(directory.join(&format!("{n}.sock")), Mood::Slow(5), clients(64))
         })
         .collect();
     let backend = backend(&directory);
@@ -455,22 +397,10 @@ fn disconnects_every_client_of_that_name() {
         .collect();
     let backend = backend(&directory);
     for text in names {
-        let own = if ["plain", "10.0.0.1:1194"].contains(&text) {
-            2
-        } else {
-            1
-        };
-        assert_eq!(
-            backend.disconnect(&name(text), soon()).unwrap(),
-            3 * own,
-            "{text:?}"
-        );
+        let own = if ["plain", "10.0.0.1:1194"].contains(&text) { 2 } else { 1 };
+        assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 3 * own, "{text:?}");
         assert!(!processes[0].names().iter().any(|left| left == text));
-        assert_eq!(
-            backend.disconnect(&name(text), soon()).unwrap(),
-            0,
-            "{text:?}"
-        );
+        assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 0, "{text:?}");
     }
     for process in &processes {
         assert_eq!(process.names(), ["bystander"]);
@@ -482,12 +412,7 @@ fn undef_is_nobody() {
     let directory = Directory::new();
     let unnamed = vec![FakeClient::new("UNDEF", "", "", 1)];
     let process = FakeOpenVpn::start(directory.join("s"), Mood::Healthy, unnamed);
-    assert_eq!(
-        backend(&directory)
-            .disconnect(&name("UNDEF"), soon())
-            .unwrap(),
-        0
-    );
+    assert_eq!(backend(&directory).disconnect(&name("UNDEF"), soon()).unwrap(), 0);
     assert_eq!(process.names().len(), 1);
 }
 
@@ -500,19 +425,10 @@ fn disconnecting_goes_on_when_a_process_fails() {
     let error = backend.disconnect(&name("c1"), short()).unwrap_err();
     assert!(error.is_timeout());
     assert_eq!(b.names(), ["c2"]);
-    assert!(matches!(
-        error,
-        Error::Sockets {
-            disconnected: 1,
-            ..
-        }
-    ));
+    assert!(matches!(error, Error::Sockets { disconnected: 1, .. }));
 
-    let _c = FakeOpenVpn::start(
-        directory.join("c"),
-        Mood::Reply("ERROR: out of order\r\n"),
-        clients(1),
-    );
+    let _c =
+        FakeOpenVpn::start(directory.join("c"), Mood::Reply("ERROR: out of order\r\n"), clients(1));
     let error = backend.disconnect(&name("c2"), short()).unwrap_err();
     assert!(!error.is_timeout());
     assert!(b.names().is_empty());
@@ -533,25 +449,13 @@ fn probe_tells_what_is_wrong() {
     let probe = |mood| {
         let process = FakeOpenVpn::start(directory.join("probed"), mood, clients(1));
         let result = backend.probe(&process.path, short());
-        assert!(
-            process.commands().is_empty(),
-            "a probe changes and asks nothing"
-        );
+        assert!(process.commands().is_empty(), "a probe changes and asks nothing");
         result
     };
-    assert_eq!(
-        probe(Mood::Healthy).unwrap(),
-        "OpenVPN Management Interface Version 5"
-    );
+    assert_eq!(probe(Mood::Healthy).unwrap(), "OpenVPN Management Interface Version 5");
     assert_eq!(probe(Mood::Password), Err(SocketError::Password));
-    assert_eq!(
-        probe(Mood::CloseAtOnce),
-        Err(SocketError::Closed(Stage::Greeting))
-    );
-    for (mood, expected) in [
-        (Mood::Silent, Stage::Greeting),
-        (Mood::Full, Stage::Connect),
-    ] {
+    assert_eq!(probe(Mood::CloseAtOnce), Err(SocketError::Closed(Stage::Greeting)));
+    for (mood, expected) in [(Mood::Silent, Stage::Greeting), (Mood::Full, Stage::Connect)] {
         let result = probe(mood);
         assert!(
             matches!(result, Err(SocketError::NoAnswer { stage, .. }) if stage == expected),

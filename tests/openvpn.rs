@@ -1,12 +1,7 @@
 //! The OpenVPN backend over real OpenVPN: three servers and their clients on the loopback device
 //! of a network namespace of their own. Needs root, `openvpn`, `openssl`, `ip` and `setpriv`.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "common/management.rs"]
 mod management;
@@ -43,10 +38,7 @@ fn run(program: &str, args: &[&str]) {
         .output()
         .unwrap_or_else(|error| panic!("this test needs {program}: {error}"));
     let printed = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success(),
-        "{program} {args:?}, as root: {printed}"
-    );
+    assert!(output.status.success(), "{program} {args:?}, as root: {printed}");
 }
 
 /// A network namespace with a loopback device; deleted at the end.
@@ -64,9 +56,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "delete", &self.0])
-            .status();
+        let _ = Command::new("ip").args(["netns", "delete", &self.0]).status();
     }
 }
 
@@ -79,15 +69,7 @@ struct Process {
 impl Process {
     fn start(namespace: &Namespace, log: PathBuf, options: &[&str]) -> Self {
         let child = Command::new("ip")
-            .args([
-                "netns",
-                "exec",
-                &namespace.0,
-                "setpriv",
-                "--pdeathsig",
-                "KILL",
-                "openvpn",
-            ])
+            .args(["netns", "exec", &namespace.0, "setpriv", "--pdeathsig", "KILL", "openvpn"])
             .args(["--verb", "3"])
             .args(options)
             .stdin(Stdio::null())
@@ -127,31 +109,8 @@ impl Authority<'_> {
         let authority = Authority(directory);
         let (key, ca) = (authority.file("key"), authority.file("ca"));
         let curve = "ec_paramgen_curve:P-256";
-        run(
-            "openssl",
-            &[
-                "genpkey",
-                "-algorithm",
-                "EC",
-                "-pkeyopt",
-                curve,
-                "-out",
-                &key,
-            ],
-        );
-        run(
-            "openssl",
-            &[
-                "req",
-                "-x509",
-                "-key",
-                &key,
-                "-subj",
-                "/CN=test CA",
-                "-out",
-                &ca,
-            ],
-        );
+        run("openssl", &["genpkey", "-algorithm", "EC", "-pkeyopt", curve, "-out", &key]);
+        run("openssl", &["req", "-x509", "-key", &key, "-subj", "/CN=test CA", "-out", &ca]);
         authority
     }
 
@@ -160,20 +119,12 @@ impl Authority<'_> {
     }
 
     fn issue(&self, common_name: &str, file: &str) {
-        let subject = common_name
-            .replace('\\', "\\\\")
-            .replace('/', "\\/")
-            .replace('+', "\\+");
+        let subject = common_name.replace('\\', "\\\\").replace('/', "\\/").replace('+', "\\+");
         let subject = format!("/CN={subject}");
         let (key, ca, file) = (self.file("key"), self.file("ca"), self.file(file));
-        let sign = [
-            "req", "-x509", "-utf8", "-key", &key, "-CA", &ca, "-CAkey", &key,
-        ];
+        let sign = ["req", "-x509", "-utf8", "-key", &key, "-CA", &ca, "-CAkey", &key];
         let usage = ["-addext", "basicConstraints=critical,CA:FALSE"];
-        run(
-            "openssl",
-            &[&sign[..], &usage, &["-subj", &subject, "-out", &file]].concat(),
-        );
+        run("openssl", &[&sign[..], &usage, &["-subj", &subject, "-out", &file]].concat());
     }
 }
 
@@ -209,22 +160,12 @@ fn lists_and_disconnects_real_clients() {
     let namespace = Namespace::new();
 
     let pools: [&[&str]; 3] = [
-        &[
-            "--server",
-            "10.91.0.0",
-            "255.255.255.0",
-            "--server-ipv6",
-            "fd91::/64",
-        ],
+        &["--server", "10.91.0.0", "255.255.255.0", "--server-ipv6", "fd91::/64"],
         &["--server-ipv6", "fd92::/64"],
         &["--server", "10.93.0.0", "255.255.255.0"],
     ];
     let ports = ["1190", "1191", "1192"];
-    let (key, ca, server) = (
-        authority.file("key"),
-        authority.file("ca"),
-        authority.file("server"),
-    );
+    let (key, ca, server) = (authority.file("key"), authority.file("ca"), authority.file("server"));
     let mut servers: Vec<Process> = Vec::new();
     for (index, pool) in pools.iter().enumerate() {
         let socket = sockets.join(&format!("default-{index}.sock"));
@@ -280,9 +221,7 @@ fn lists_and_disconnects_real_clients() {
         let options = [&common[..], &keys(&ca, &key, &certificate)].concat();
         clients.push((name, Process::start(&namespace, log, &options)));
     }
-    clients
-        .iter_mut()
-        .for_each(|(_, client)| client.wait_ready());
+    clients.iter_mut().for_each(|(_, client)| client.wait_ready());
 
     let backend = OpenVpn::new(sockets.path().to_owned());
     check_list(&backend);
@@ -293,14 +232,9 @@ fn lists_and_disconnects_real_clients() {
     // A process that hangs is no process without clients; one that has gone is.
     let pid = nix::unistd::Pid::from_raw(servers[0].child.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::SIGSTOP).unwrap();
-    let listing = backend
-        .clients(Instant::now() + Duration::from_millis(800))
-        .unwrap();
+    let listing = backend.clients(Instant::now() + Duration::from_millis(800)).unwrap();
     assert_eq!(listing.failed.len(), 1);
-    assert_eq!(
-        listing.failed[0].error.to_string(),
-        "did not answer within 0.8 s"
-    );
+    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 0.8 s");
     nix::sys::signal::kill(pid, nix::sys::signal::SIGCONT).unwrap();
     assert!(backend.clients(soon()).unwrap().failed.is_empty());
     servers.clear();
@@ -333,10 +267,7 @@ fn check_list(backend: &OpenVpn) {
 fn check_probe(backend: &OpenVpn) {
     for socket in backend.sockets().unwrap() {
         let version = backend.probe(&socket, soon()).unwrap();
-        assert!(
-            version.starts_with("OpenVPN Management Interface Version "),
-            "{version}"
-        );
+        assert!(version.starts_with("OpenVPN Management Interface Version "), "{version}");
     }
 }
 
@@ -349,16 +280,7 @@ fn check_held_socket(backend: &OpenVpn, socket: &Path) {
     assert_eq!(listing.failed.len(), 1);
     assert_eq!(listing.failed[0].socket, "default-1.sock");
     let error = &listing.failed[0].error;
-    assert!(
-        matches!(
-            error,
-            SocketError::NoAnswer {
-                stage: Stage::Greeting,
-                ..
-            }
-        ),
-        "{error:?}"
-    );
+    assert!(matches!(error, SocketError::NoAnswer { stage: Stage::Greeting, .. }), "{error:?}");
     drop(holder);
     check_list(backend);
     // Callers that come at once all get whole lists.
@@ -376,11 +298,7 @@ fn check_disconnect(backend: &OpenVpn, clients: &mut Vec<(&str, Process)>) {
     while let Some((name, _)) = clients.first() {
         let name = *name;
         let own = clients.iter().filter(|(other, _)| *other == name).count();
-        assert_eq!(
-            backend.disconnect(&name.parse().unwrap(), soon()).unwrap(),
-            own,
-            "{name:?}"
-        );
+        assert_eq!(backend.disconnect(&name.parse().unwrap(), soon()).unwrap(), own, "{name:?}");
         for (_, client) in clients.iter_mut().filter(|(other, _)| *other == name) {
             wait_until(name, || !client.is_running());
         }

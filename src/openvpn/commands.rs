@@ -43,11 +43,7 @@ impl Dialogue for List {
             Line::Client(row) => {
                 let Row { ipv4, ipv6, .. } = row;
                 if ipv4.is_some() || ipv6.is_some() {
-                    self.clients.push(Client {
-                        common_name: row.common_name,
-                        ipv4,
-                        ipv6,
-                    });
+                    self.clients.push(Client { common_name: row.common_name, ipv4, ipv6 });
                 }
                 Ok(Step::Wait)
             }
@@ -69,11 +65,7 @@ enum Way {
     ByName,
     /// `status 3` for the ids, then `client-kill ID` for each. OpenVPN tells such a client to
     /// restart and lets go of it 5 s later.
-    ById {
-        parser: Parser,
-        ids: Vec<u64>,
-        listed: bool,
-    },
+    ById { parser: Parser, ids: Vec<u64>, listed: bool },
 }
 
 /// `kill` copies what stands before the first colon into 128 bytes and reads on after them as
@@ -90,11 +82,7 @@ impl Disconnect {
         Self {
             name: name.clone(),
             way: if by_id {
-                Way::ById {
-                    parser: Parser::default(),
-                    ids: Vec::new(),
-                    listed: false,
-                }
+                Way::ById { parser: Parser::default(), ids: Vec::new(), listed: false }
             } else {
                 Way::ByName
             },
@@ -117,11 +105,7 @@ impl Dialogue for Disconnect {
                 self.disconnected = killed(line)?;
                 return Ok(Step::Done);
             }
-            Way::ById {
-                parser,
-                ids,
-                listed: listed @ false,
-            } => match status_line(parser, line)? {
+            Way::ById { parser, ids, listed: listed @ false } => match status_line(parser, line)? {
                 Line::Client(row) if row.common_name == self.name.as_str() => {
                     let no_id = Malformed("a client without an id");
                     ids.push(row.client_id.ok_or(no_id)?);
@@ -138,9 +122,9 @@ impl Dialogue for Disconnect {
             },
         }
         match &mut self.way {
-            Way::ById { ids, .. } => Ok(ids
-                .pop()
-                .map_or(Step::Done, |id| Step::Send(format!("client-kill {id}")))),
+            Way::ById { ids, .. } => {
+                Ok(ids.pop().map_or(Step::Done, |id| Step::Send(format!("client-kill {id}"))))
+            }
             Way::ByName => Ok(Step::Done),
         }
     }

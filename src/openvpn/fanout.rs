@@ -98,20 +98,14 @@ pub(super) fn ask<D: Dialogue>(
             break;
         }
         let until = deadline.min(tick_at);
-        let until = if blocked.is_empty() {
-            until
-        } else {
-            until.min(retry_at)
-        };
+        let until = if blocked.is_empty() { until } else { until.min(retry_at) };
         let ready = match epoll.wait(&mut events, timeout(until)) {
             Ok(count) => events.get(..count).unwrap_or_default(),
             Err(Errno::EINTR) => continue,
             Err(error) => return Err(error),
         };
         for event in ready {
-            let call = usize::try_from(event.data())
-                .ok()
-                .and_then(|index| calls.get_mut(index));
+            let call = usize::try_from(event.data()).ok().and_then(|index| calls.get_mut(index));
             if call.is_some_and(|call| call.serve(&epoll, event.data(), &mut scratch)) {
                 open -= 1;
             }
@@ -166,12 +160,7 @@ impl<D: Dialogue> Call<'_, D> {
         };
         let token = u64::try_from(index).unwrap_or(WAKER);
         let watched = epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token));
-        self.phase = Phase::Talking {
-            stream,
-            since: Instant::now(),
-            knock: None,
-            ticket,
-        };
+        self.phase = Phase::Talking { stream, since: Instant::now(), knock: None, ticket };
         watched.map_err(|error| SocketError::System("could not be watched", error))?;
         Ok(true)
     }
@@ -201,20 +190,11 @@ impl<D: Dialogue> Call<'_, D> {
         };
         let success = result.is_ok();
         let phase = std::mem::replace(&mut self.phase, Phase::Over(result));
-        if let Phase::Talking {
-            knock: Some(knock),
-            ticket,
-            ..
-        } = phase
+        if let Phase::Talking { knock: Some(knock), ticket, .. } = phase
             && success
-            && epoll
-                .add(&knock, EpollEvent::new(EpollFlags::EPOLLIN, token))
-                .is_ok()
+            && epoll.add(&knock, EpollEvent::new(EpollFlags::EPOLLIN, token)).is_ok()
         {
-            self.phase = Phase::Leaving {
-                _knock: knock,
-                _ticket: ticket,
-            };
+            self.phase = Phase::Leaving { _knock: knock, _ticket: ticket };
             return false;
         }
         true

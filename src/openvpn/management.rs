@@ -108,22 +108,12 @@ pub(super) struct Conversation<D> {
 
 impl<D: Dialogue> Conversation<D> {
     pub(super) fn new(dialogue: D) -> Self {
-        Self {
-            dialogue,
-            greeted: false,
-            partial: Vec::new(),
-            received: 0,
-            outgoing: Vec::new(),
-        }
+        Self { dialogue, greeted: false, partial: Vec::new(), received: 0, outgoing: Vec::new() }
     }
 
     /// What a connected process is to send next.
     pub(super) fn stage(&self) -> Stage {
-        if self.greeted {
-            Stage::Reply
-        } else {
-            Stage::Greeting
-        }
+        if self.greeted { Stage::Reply } else { Stage::Greeting }
     }
 
     /// Reads once into `scratch`, then sends the command that this led to. Whether all is said.
@@ -148,14 +138,10 @@ impl<D: Dialogue> Conversation<D> {
         }
         let outgoing = std::mem::take(&mut self.outgoing);
         // An empty socket buffer holds any command: there is no waiting for one that is full.
-        stream
-            .write_all(&outgoing)
-            .map_err(|error| match error.kind() {
-                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
-                    SocketError::Closed(self.stage())
-                }
-                _ => system("could not be written", &error),
-            })?;
+        stream.write_all(&outgoing).map_err(|error| match error.kind() {
+            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => SocketError::Closed(self.stage()),
+            _ => system("could not be written", &error),
+        })?;
         Ok(false)
     }
 
@@ -206,9 +192,7 @@ impl<D: Dialogue> Conversation<D> {
             Err(SocketError::Password)
         } else {
             let line = excerpt(line);
-            Err(SocketError::NotUnderstood(format!(
-                "\"{line}\" for a greeting"
-            )))
+            Err(SocketError::NotUnderstood(format!("\"{line}\" for a greeting")))
         }
     }
 }
@@ -225,9 +209,7 @@ fn within(what: &'static str, length: usize, limit: usize) -> Result<(), SocketE
 }
 
 fn system(what: &'static str, error: &std::io::Error) -> SocketError {
-    let errno = error
-        .raw_os_error()
-        .map_or(Errno::UnknownErrno, Errno::from_raw);
+    let errno = error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
     SocketError::System(what, errno)
 }
 
@@ -294,10 +276,7 @@ impl fmt::Display for SocketError {
                  directory with a shorter path"
             ),
             Self::TooMany(limit) => {
-                write!(
-                    f,
-                    "was not asked: the directory has more than {limit} sockets"
-                )
+                write!(f, "was not asked: the directory has more than {limit} sockets")
             }
             Self::System(what, error) => write!(f, "{what}: {}", error.desc()),
         }

@@ -99,10 +99,7 @@ impl OpenVpn {
     /// `directory` holds the management sockets, e.g. `/run/openvpn-server`. It is read at
     /// every call: processes may come and go.
     pub fn new(directory: PathBuf) -> Self {
-        Self {
-            directory,
-            turns: Turns::default(),
-        }
+        Self { directory, turns: Turns::default() }
     }
 
     /// Where the management sockets lie.
@@ -118,12 +115,7 @@ impl OpenVpn {
         let (outcomes, mut failed) = self.ask(List::default, deadline)?;
         let mut clients = Vec::new();
         let mut answered = false;
-        for Outcome {
-            socket,
-            dialogue,
-            result,
-        } in outcomes
-        {
+        for Outcome { socket, dialogue, result } in outcomes {
             match result {
                 Ok(()) => {
                     answered = true;
@@ -152,12 +144,7 @@ impl OpenVpn {
         }
         let (outcomes, mut failed) = self.ask(|| Disconnect::new(name), deadline)?;
         let mut disconnected = 0;
-        for Outcome {
-            socket,
-            dialogue,
-            result,
-        } in outcomes
-        {
+        for Outcome { socket, dialogue, result } in outcomes {
             let count = dialogue.disconnected;
             disconnected += count;
             if count > 0 {
@@ -184,10 +171,7 @@ impl OpenVpn {
     pub fn sockets(&self) -> Result<Vec<PathBuf>, Error> {
         self.read_directory().or_else(|error| match error.kind() {
             ErrorKind::NotFound => Ok(Vec::new()),
-            _ => Err(Error::Directory {
-                directory: self.directory.clone(),
-                error,
-            }),
+            _ => Err(Error::Directory { directory: self.directory.clone(), error }),
         })
     }
 
@@ -198,13 +182,8 @@ impl OpenVpn {
     /// Why there was no greeting by `deadline`. [`SocketError::NoAnswer`] says what was waited
     /// for.
     pub fn probe(&self, socket: &Path, deadline: Instant) -> Result<String, SocketError> {
-        let outcomes = fanout::ask(
-            &self.turns,
-            vec![socket.to_owned()],
-            Probe::default,
-            deadline,
-        )
-        .map_err(|error| SocketError::System("could not be waited for", error))?;
+        let outcomes = fanout::ask(&self.turns, vec![socket.to_owned()], Probe::default, deadline)
+            .map_err(|error| SocketError::System("could not be waited for", error))?;
         let mut version = String::new();
         for outcome in outcomes {
             outcome.result?;
@@ -225,11 +204,8 @@ impl OpenVpn {
             .iter()
             .map(|socket| failure(socket, SocketError::TooMany(MAX_SOCKETS)))
             .collect();
-        let mut outcomes =
-            fanout::ask(&self.turns, sockets, new, deadline).map_err(|error| Error::Wait {
-                directory: self.directory.clone(),
-                error,
-            })?;
+        let mut outcomes = fanout::ask(&self.turns, sockets, new, deadline)
+            .map_err(|error| Error::Wait { directory: self.directory.clone(), error })?;
         outcomes.retain(|outcome| outcome.result != Err(SocketError::NotThere));
         Ok((outcomes, failed))
     }
@@ -270,11 +246,7 @@ impl OpenVpn {
     }
 
     fn sockets_failed(&self, failed: Vec<Failure>, disconnected: usize) -> Error {
-        Error::Sockets {
-            directory: self.directory.clone(),
-            failed,
-            disconnected,
-        }
+        Error::Sockets { directory: self.directory.clone(), failed, disconnected }
     }
 }
 
@@ -282,14 +254,7 @@ fn failure(socket: &Path, error: SocketError) -> Failure {
     if let SocketError::NoAnswer { stage, .. } = &error {
         debug!("{}: {error}: {stage}", socket.display());
     }
-    Failure {
-        socket: socket
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-        error,
-    }
+    Failure { socket: socket.file_name().unwrap_or_default().to_string_lossy().into_owned(), error }
 }
 
 impl CommonName {
@@ -332,14 +297,9 @@ impl fmt::Display for Error {
             }
             Self::Wait { directory, error } => {
                 let (directory, error) = (directory.display(), error.desc());
-                write!(
-                    f,
-                    "OpenVPN sockets in {directory} cannot be waited for: {error}"
-                )
+                write!(f, "OpenVPN sockets in {directory} cannot be waited for: {error}")
             }
-            Self::Sockets {
-                directory, failed, ..
-            } => {
+            Self::Sockets { directory, failed, .. } => {
                 f.write_str("OpenVPN management socket ")?;
                 for (index, Failure { socket, error }) in failed.iter().enumerate() {
                     let separator = if index == 0 { "" } else { "; " };

@@ -42,21 +42,14 @@ impl Turns {
     /// Queues up at `socket`. `waker` hears of `index` when it is its turn, perhaps at once;
     /// the two together must be unique.
     pub(super) fn queue(&self, socket: &Path, waker: &Arc<Waker>, index: usize) -> Ticket<'_> {
-        let waiter = Waiter {
-            waker: Arc::clone(waker),
-            index,
-        };
+        let waiter = Waiter { waker: Arc::clone(waker), index };
         let mut queues = locked(&self.queues);
         let queue = queues.entry(socket.to_owned()).or_default();
         queue.push_back(waiter.clone());
         if queue.len() == 1 {
             waiter.wake();
         }
-        Ticket {
-            turns: self,
-            socket: socket.to_owned(),
-            waiter,
-        }
+        Ticket { turns: self, socket: socket.to_owned(), waiter }
     }
 }
 
@@ -91,10 +84,7 @@ impl Waiter {
 impl Waker {
     pub(super) fn new() -> Result<Self, Errno> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        Ok(Self {
-            event: EventFd::from_flags(flags)?,
-            turns: Mutex::default(),
-        })
+        Ok(Self { event: EventFd::from_flags(flags)?, turns: Mutex::default() })
     }
 
     /// The conversations whose turn has come since the last call.

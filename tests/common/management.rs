@@ -62,12 +62,7 @@ pub struct FakeClient {
 
 impl FakeClient {
     pub fn new(name: &str, ipv4: &str, ipv6: &str, id: u64) -> Self {
-        Self {
-            name: name.as_bytes().to_vec(),
-            ipv4: ipv4.to_owned(),
-            ipv6: ipv6.to_owned(),
-            id,
-        }
+        Self { name: name.as_bytes().to_vec(), ipv4: ipv4.to_owned(), ipv6: ipv6.to_owned(), id }
     }
 }
 
@@ -136,10 +131,7 @@ impl FakeOpenVpn {
         let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
         bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
         listen(&listener, Backlog::new(1).unwrap()).unwrap();
-        let shared = Arc::new(Shared {
-            clients: Mutex::new(clients),
-            ..Shared::default()
-        });
+        let shared = Arc::new(Shared { clients: Mutex::new(clients), ..Shared::default() });
         let crowd = match mood {
             Mood::Full => crowd(&path),
             _ => Vec::new(),
@@ -162,13 +154,7 @@ impl FakeOpenVpn {
                 }
             })
         });
-        Self {
-            path,
-            shared,
-            listener,
-            thread,
-            crowd,
-        }
+        Self { path, shared, listener, thread, crowd }
     }
 
     /// What it was told, in order.
@@ -179,10 +165,7 @@ impl FakeOpenVpn {
     /// Who is connected now.
     pub fn names(&self) -> Vec<String> {
         let clients = self.shared.clients.lock().unwrap();
-        clients
-            .iter()
-            .map(|client| String::from_utf8_lossy(&client.name).into_owned())
-            .collect()
+        clients.iter().map(|client| String::from_utf8_lossy(&client.name).into_owned()).collect()
     }
 }
 
@@ -261,10 +244,7 @@ fn serve(shared: &Shared, mood: Mood, mut stream: UnixStream) {
                 Mood::Slow(ms) => thread::sleep(Duration::from_millis(ms)),
                 Mood::FloodRows => {
                     let routes = b"HEADER\tROUTING";
-                    let rows = reply
-                        .windows(routes.len())
-                        .position(|w| w == routes)
-                        .unwrap();
+                    let rows = reply.windows(routes.len()).position(|w| w == routes).unwrap();
                     let _ = stream.write_all(&reply[..rows]);
                     return flood(
                         &mut stream,
@@ -414,13 +394,7 @@ fn status(clients: &[FakeClient]) -> Vec<u8> {
         Client ID\tPeer ID\tData Channel Cipher\r\n"
         .as_bytes()
         .to_vec();
-    for FakeClient {
-        name,
-        ipv4,
-        ipv6,
-        id,
-    } in clients
-    {
+    for FakeClient { name, ipv4, ipv6, id } in clients {
         report.extend_from_slice(b"CLIENT_LIST\t");
         report.extend_from_slice(name);
         let rest = format!(
