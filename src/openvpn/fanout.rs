@@ -17,9 +17,10 @@ const RETRY: Duration = Duration::from_millis(20);
 
 /// Without a greeting for this long, a second connection knocks.
 ///
-/// An OpenVPN server on TCP that finds a connection in its backlog dead accepts the next one
-/// and forgets to watch it (2.6; `man_persist_state` in `manage.c`): it greets only when yet
-/// another connection comes. Callers that gave up on a hanging process leave such dead ones.
+/// An OpenVPN server on TCP (up to 2.6; on any protocol in 2.7) that finds a connection in its
+/// backlog dead accepts the next one and forgets to watch it, since nothing has changed for
+/// `man_persist_state` (`manage.c`): it greets only when yet another connection comes. Callers
+/// that gave up on a hanging process leave such dead ones.
 const KNOCK_AFTER: Duration = Duration::from_millis(200);
 
 /// How often that is looked at.
@@ -78,7 +79,10 @@ pub(super) fn ask<D: Dialogue>(
             retry_at = now + RETRY;
         }
         if now >= tick_at {
-            calls.iter_mut().for_each(|call| call.knock(now));
+            open -= calls
+                .iter_mut()
+                .map(|call| usize::from(call.tick(now)))
+                .sum::<usize>();
             tick_at = now + TICK;
         }
         for index in due {
@@ -140,6 +144,7 @@ enum Phase<'a> {
     /// its backlog, that would be the next caller's trouble.
     Leaving {
         _knock: UnixStream,
+        since: Instant,
         _ticket: Ticket<'a>,
     },
     Over(Result<(), SocketError>),
@@ -165,15 +170,25 @@ impl<D: Dialogue> Call<'_, D> {
         Ok(true)
     }
 
-    /// Connects once more if the greeting is overdue.
-    fn knock(&mut self, now: Instant) {
-        if let Phase::Talking { since, knock, .. } = &mut self.phase
-            && knock.is_none()
-            && self.conversation.stage() == Stage::Greeting
-            && now.saturating_duration_since(*since) >= KNOCK_AFTER
-        {
-            // A full backlog: others are knocking.
-            *knock = connect_to(&self.socket).unwrap_or_default();
+    /// Looks at the clock: knocks if the greeting is overdue, and does not wait for ever for
+    /// the knock to be answered. Whether the call is over with it.
+    fn tick(&mut self, now: Instant) -> bool {
+        let overdue = |since: Instant| now.saturating_duration_since(since) >= KNOCK_AFTER;
+        match &mut self.phase {
+            Phase::Talking {
+                since,
+                knock: knock @ None,
+                ..
+            } if self.conversation.stage() == Stage::Greeting && overdue(*since) => {
+                // A full backlog: others are knocking.
+                *knock = connect_to(&self.socket).unwrap_or_default();
+                false
+            }
+            Phase::Leaving { since, .. } if overdue(*since) => {
+                self.phase = Phase::Over(Ok(()));
+                true
+            }
+            _ => false,
         }
     }
 
@@ -194,7 +209,11 @@ impl<D: Dialogue> Call<'_, D> {
             && success
             && epoll.add(&knock, EpollEvent::new(EpollFlags::EPOLLIN, token)).is_ok()
         {
-            self.phase = Phase::Leaving { _knock: knock, _ticket: ticket };
+            self.phase = Phase::Leaving {
+                _knock: knock,
+                since: Instant::now(),
+                _ticket: ticket,
+            };
             return false;
         }
         true
