@@ -91,18 +91,9 @@ fn a_bad_process_costs_its_own_entry_only() {
         (Mood::Mute, "did not answer within 2.5 s"),
         (Mood::NoEnd, "did not answer within 2.5 s"),
         (Mood::Drip, "did not answer within 2.5 s"),
-        (
-            Mood::CloseAtOnce,
-            "closed the connection before its greeting",
-        ),
-        (
-            Mood::CloseAfterGreeting,
-            "closed the connection in the middle of its reply",
-        ),
-        (
-            Mood::CloseInReply,
-            "closed the connection in the middle of its reply",
-        ),
+        (Mood::CloseAtOnce, "closed the connection before its greeting"),
+        (Mood::CloseAfterGreeting, "closed the connection in the middle of its reply"),
+        (Mood::CloseInReply, "closed the connection in the middle of its reply"),
         (
             Mood::GarbageGreeting,
             "sent a reply that was not understood: \"HTTP/1.0 400 Bad Request\" for a greeting",
@@ -177,10 +168,7 @@ fn says_the_budget_it_had() {
     let deadline = Instant::now() + Duration::from_millis(1200);
     let listing = backend(&directory).clients(deadline).unwrap();
     assert_eq!(listing.failed[0].socket, "default-1.sock");
-    assert_eq!(
-        listing.failed[0].error.to_string(),
-        "did not answer within 1.2 s"
-    );
+    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 1.2 s");
 }
 
 #[test]
@@ -333,10 +321,7 @@ fn out_of_descriptors() {
         .output()
         .unwrap();
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(
-        output.status.success() && printed.contains("1 passed"),
-        "{printed}"
-    );
+    assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
 }
 
 #[test]

@@ -215,13 +215,9 @@ mod tests {
     #[test]
     fn names_that_kill_would_not_find_go_by_id() {
         let (fits, too_long) = ("é".repeat(63), "é".repeat(64));
-        for (name, by_id) in [
-            ("a:b", true),
-            (":", true),
-            ("Zo\u{fffd}", true),
-            (&too_long, true),
-            (&fits, false),
-        ] {
+        for (name, by_id) in
+            [("a:b", true), (":", true), ("Zo\u{fffd}", true), (&too_long, true), (&fits, false)]
+        {
             let asks = disconnect(name).greeted("") == Step::Send("status 3".to_owned());
             assert_eq!(asks, by_id, "{name}");
         }
@@ -238,12 +234,9 @@ mod tests {
         ] {
             assert_eq!(dialogue.reply(line.as_bytes()).unwrap(), Step::Wait);
         }
-        let steps = [
-            "END",
-            "SUCCESS: client-kill command succeeded",
-            "ERROR: client-kill command failed",
-        ]
-        .map(|line| dialogue.reply(line.as_bytes()).unwrap());
+        let steps =
+            ["END", "SUCCESS: client-kill command succeeded", "ERROR: client-kill command failed"]
+                .map(|line| dialogue.reply(line.as_bytes()).unwrap());
         let send = |id: u8| Step::Send(format!("client-kill {id}"));
         assert_eq!(steps, [send(7), send(5), Step::Done]);
         assert_eq!(dialogue.disconnected, 1);
@@ -252,10 +245,7 @@ mod tests {
     #[test]
     fn replies_to_kill() {
         for (line, count) in [
-            (
-                "SUCCESS: common name 'a' found, 1 client(s) killed",
-                Some(1),
-            ),
+            ("SUCCESS: common name 'a' found, 1 client(s) killed", Some(1)),
             (
                 "SUCCESS: common name '' found, 9 client(s) killed' found, 12 client(s) killed",
                 Some(12),
@@ -263,14 +253,8 @@ mod tests {
             ("ERROR: common name 'a' not found", Some(0)),
             ("ERROR: common name ' 'x' not found' not found", Some(0)),
             ("ERROR: kill parse", None),
-            (
-                "ERROR: The 'kill' command is not supported by the current daemon mode",
-                None,
-            ),
-            (
-                "SUCCESS: common name 'a' found, many client(s) killed",
-                None,
-            ),
+            ("ERROR: The 'kill' command is not supported by the current daemon mode", None),
+            ("SUCCESS: common name 'a' found, many client(s) killed", None),
             ("SUCCESS: 1 client(s) at address 127.0.0.1:5 killed", None),
             ("END", None),
             ("", None),

@@ -79,10 +79,7 @@ pub(super) fn ask<D: Dialogue>(
             retry_at = now + RETRY;
         }
         if now >= tick_at {
-            open -= calls
-                .iter_mut()
-                .map(|call| usize::from(call.tick(now)))
-                .sum::<usize>();
+            open -= calls.iter_mut().map(|call| usize::from(call.tick(now))).sum::<usize>();
             tick_at = now + TICK;
         }
         for index in due {
@@ -175,11 +172,9 @@ impl<D: Dialogue> Call<'_, D> {
     fn tick(&mut self, now: Instant) -> bool {
         let overdue = |since: Instant| now.saturating_duration_since(since) >= KNOCK_AFTER;
         match &mut self.phase {
-            Phase::Talking {
-                since,
-                knock: knock @ None,
-                ..
-            } if self.conversation.stage() == Stage::Greeting && overdue(*since) => {
+            Phase::Talking { since, knock: knock @ None, .. }
+                if self.conversation.stage() == Stage::Greeting && overdue(*since) =>
+            {
                 // A full backlog: others are knocking.
                 *knock = connect_to(&self.socket).unwrap_or_default();
                 false
@@ -209,11 +204,7 @@ impl<D: Dialogue> Call<'_, D> {
             && success
             && epoll.add(&knock, EpollEvent::new(EpollFlags::EPOLLIN, token)).is_ok()
         {
-            self.phase = Phase::Leaving {
-                _knock: knock,
-                since: Instant::now(),
-                _ticket: ticket,
-            };
+            self.phase = Phase::Leaving { _knock: knock, since: Instant::now(), _ticket: ticket };
             return false;
         }
         true

@@ -319,16 +319,9 @@ mod tests {
             talk(format!("{REPORT}>LOG:1,I,x\r\n>INFO:END\r\nEND\r\n").as_bytes()),
             Ok(Some(1))
         );
-        assert_eq!(
-            talk(format!(">HOLD:x\r\n{REPORT}END\r\n").as_bytes()),
-            Ok(Some(1))
-        );
+        assert_eq!(talk(format!(">HOLD:x\r\n{REPORT}END\r\n").as_bytes()), Ok(Some(1)));
         for open in ["", "END\r", "END", ">END\r\n"] {
-            assert_eq!(
-                talk(format!("{REPORT}{open}").as_bytes()),
-                Ok(None),
-                "{open}"
-            );
+            assert_eq!(talk(format!("{REPORT}{open}").as_bytes()), Ok(None), "{open}");
         }
         assert_eq!(talk(b"ENTER PASSWORD:"), Err(SocketError::Password));
         assert_eq!(talk(b"ENTER PASSWORD:\r\n"), Err(SocketError::Password));
@@ -340,28 +333,17 @@ mod tests {
     #[test]
     fn lines_and_replies_are_bounded() {
         let line = format!(">{}", "x".repeat(MAX_LINE));
-        let too_long = |what, limit: usize| {
-            Err(SocketError::TooLong {
-                what,
-                limit: limit / 1024,
-            })
-        };
+        let too_long = |what, limit: usize| Err(SocketError::TooLong { what, limit: limit / 1024 });
         assert_eq!(talk(line.as_bytes()), too_long("a line", MAX_LINE));
         let news = ">x\r\n".repeat(MAX_RECEIVED / 4 + 1);
-        assert_eq!(
-            pieces(news.as_bytes(), 4096),
-            too_long("a reply", MAX_RECEIVED)
-        );
+        assert_eq!(pieces(news.as_bytes(), 4096), too_long("a reply", MAX_RECEIVED));
         let most = ">x\r\n".repeat(MAX_RECEIVED / 4);
         assert_eq!(pieces(most.as_bytes(), 4096), Ok(None));
     }
 
     #[test]
     fn excerpts_are_short_and_harmless() {
-        assert_eq!(
-            excerpt(b"  a\x1b[2J\x00\xff "),
-            "a\u{fffd}[2J\u{fffd}\u{fffd}"
-        );
+        assert_eq!(excerpt(b"  a\x1b[2J\x00\xff "), "a\u{fffd}[2J\u{fffd}\u{fffd}");
         assert_eq!(excerpt(&[b'x'; 9999]).len(), MAX_EXCERPT);
     }
 }

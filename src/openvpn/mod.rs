@@ -329,13 +329,9 @@ mod tests {
 
     #[test]
     fn common_names() {
-        for good in [
-            "a",
-            "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=",
-            " ",
-            "a\"b\\c:d,e",
-            "Zoë 🐈",
-        ] {
+        for good in
+            ["a", "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=", " ", "a\"b\\c:d,e", "Zoë 🐈"]
+        {
             assert_eq!(good.parse::<CommonName>().unwrap().as_str(), good);
         }
         assert!("🐈".repeat(64).parse::<CommonName>().is_ok());

@@ -153,15 +153,9 @@ mod tests {
         let v2_3 = format!("CLIENT_LIST\ta\t192.0.2.1:5\t10.0.0.2\t1\t2\t{since}\tUNDEF");
         assert_eq!(after(V2_3, v2_3.as_bytes()), row("a", "10.0.0.2", "", None));
         let v2_4 = format!("CLIENT_LIST\ta\tx\t10.0.0.2\tfd00::2\t1\t2\t{since}\tUNDEF\t7\t0");
-        assert_eq!(
-            after(V2_4, v2_4.as_bytes()),
-            row("a", "10.0.0.2", "fd00::2", Some(7))
-        );
+        assert_eq!(after(V2_4, v2_4.as_bytes()), row("a", "10.0.0.2", "fd00::2", Some(7)));
         let v2_6 = format!("CLIENT_LIST\ta\tx\t\tfd00::2\t1\t2\t{since}\tuser\t0\t0\tAES-256-GCM");
-        assert_eq!(
-            after(V2_6, v2_6.as_bytes()),
-            row("a", "", "fd00::2", Some(0))
-        );
+        assert_eq!(after(V2_6, v2_6.as_bytes()), row("a", "", "fd00::2", Some(0)));
         let other = "HEADER\tCLIENT_LIST\tClient ID\tVirtual Address\tNew\tCommon Name";
         assert_eq!(
             after(other, b"CLIENT_LIST\t9\t10.0.0.1\tx\tb"),
@@ -171,23 +165,10 @@ mod tests {
 
     #[test]
     fn names_are_only_names() {
-        for name in [
-            "END",
-            "CLIENT_LIST",
-            "HEADER",
-            "a,b",
-            ">INFO:",
-            "ERROR: x",
-            " ",
-            "Zoë",
-            "\"",
-        ] {
+        for name in ["END", "CLIENT_LIST", "HEADER", "a,b", ">INFO:", "ERROR: x", " ", "Zoë", "\""]
+        {
             let line = format!("CLIENT_LIST\t{name}\tx\t10.0.0.1\t\t1\t2\tt\t3\tu\t4\t5\tc");
-            assert_eq!(
-                after(V2_6, line.as_bytes()),
-                row(name, "10.0.0.1", "", Some(4)),
-                "{name}"
-            );
+            assert_eq!(after(V2_6, line.as_bytes()), row(name, "10.0.0.1", "", Some(4)), "{name}");
         }
         let line = b"CLIENT_LIST\tZo\xeb\tx\t\t\t1\t2\tt\t3\tu\t4\t5\tc";
         assert_eq!(after(V2_6, line), row("Zo\u{fffd}", "", "", Some(4)));
@@ -232,10 +213,6 @@ mod tests {
             assert!(after(V2_6, line.as_bytes()).is_err(), "{line}");
         }
         assert!(Parser::default().line(b"END").is_err());
-        assert!(
-            Parser::default()
-                .line(b"CLIENT_LIST\ta\tx\t10.0.0.1")
-                .is_err()
-        );
+        assert!(Parser::default().line(b"CLIENT_LIST\ta\tx\t10.0.0.1").is_err());
     }
 }
