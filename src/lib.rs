@@ -1,11 +1,191 @@
-//! The node daemon of a VPN service; `run` is the whole program.
+//! The node daemon of a VPN service; [`run`] is the whole program.
 
-use std::process::ExitCode;
-
+pub mod api;
+pub mod cli;
+pub mod head;
+pub mod listener;
+pub mod logging;
+pub mod node;
 pub mod openvpn;
+pub mod rfc3339;
+pub mod routes;
+pub mod server;
+pub mod tls;
 pub mod wireguard;
 
-/// Runs the daemon until a signal ends it; the result is the exit status.
+use std::fmt;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use log::{error, info, warn};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
+
+use cli::{Command, Options};
+use listener::{FrontDoor, Inner};
+use server::Server;
+
+/// Descriptors of one connection with a request under way: its socket and the connection to
+/// tiny_http, of which tiny_http holds two and the front door one.
+const DESCRIPTORS_PER_CONNECTION: u64 = 4;
+
+/// Descriptors for everything else: logging, WireGuard, and a conversation with each of several
+/// hundred OpenVPN processes.
+const OTHER_DESCRIPTORS: u64 = 1024;
+
+/// Why the daemon does not run: one line for the operator.
+#[derive(Debug)]
+enum Error {
+    Usage(cli::UsageError),
+    Bind(listener::BindError),
+    Tls(tls::Error),
+    Start { what: &'static str, error: io::Error },
+    HttpServer,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Usage(error) => error.fmt(f),
+            Self::Bind(error) => error.fmt(f),
+            Self::Tls(error) => error.fmt(f),
+            Self::Start { what, error } => write!(f, "cannot {what}: {error}"),
+            Self::HttpServer => write!(f, "the HTTP server has given up"),
+        }
+    }
+}
+
+impl Error {
+    fn start(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::Start { what, error }
+    }
+}
+
+/// Runs what the command line asks for; the result is the exit status.
+#[must_use]
 pub fn run() -> ExitCode {
-    ExitCode::SUCCESS
+    let result = match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Help) => print(cli::HELP),
+        Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n")),
+        Ok(Command::Serve(options)) => serve(options),
+        Err(error) => Err(Error::Usage(error)),
+    };
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    // Nobody is left to tell when stderr is closed.
+    let _ = writeln!(io::stderr(), "vpn-daemon: {error}");
+    ExitCode::from(if matches!(error, Error::Usage(_)) { 2 } else { 1 })
+}
+
+fn print(text: &str) -> Result<(), Error> {
+    io::stdout().write_all(text.as_bytes()).map_err(Error::start("write to standard output"))
+}
+
+fn serve(options: Options) -> Result<(), Error> {
+    logging::start();
+    // Blocked before the first thread is made, so that all of them inherit it: signals come to
+    // the `wait` below and interrupt no system call.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    signals
+        .thread_block()
+        .map_err(|errno| Error::Start { what: "block signals", error: errno.into() })?;
+    let tls = cli::credentials_directory()
+        .map(|directory| tls::Tls::open(&directory).map(Arc::new))
+        .transpose()
+        .map_err(Error::Tls)?;
+    let limit = raise_open_files(options.max_connections);
+    let tcp = listener::bind_tcp(&options.listen).map_err(Error::Bind)?;
+    let address = tcp.local_addr().map_err(Error::start("tell the address"))?;
+    let (inner, inner_listener) =
+        Inner::open(&runtime_directory()).map_err(Error::start("make the inner socket"))?;
+    let node = routes::Node {
+        wireguard: wireguard::WireGuard::new(options.wg_device),
+        openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
+        cpu_count: node::cpu_count(),
+    };
+    let gave_up = Arc::new(AtomicBool::new(false));
+    let tell = Arc::clone(&gave_up);
+    let http = Server::start(inner_listener, node, move |error| {
+        error!("the HTTP server has given up: {error}");
+        tell.store(true, Ordering::Release);
+        // Wakes the `wait` below; signalling oneself cannot fail.
+        let _ = kill(Pid::this(), Signal::SIGTERM);
+    })
+    .map_err(Error::start("start the HTTP server"))?;
+    let front_door = FrontDoor::open(tcp, limit, inner, tls.clone())
+        .map_err(Error::start("start the front door"))?;
+    match &tls {
+        Some(_) => info!("listening on https://{address}"),
+        None => info!("listening on http://{address}"),
+    }
+    if let Some(tls) = &tls {
+        tls.log_findings(SystemTime::now());
+    }
+    loop {
+        match signals.wait() {
+            Ok(Signal::SIGHUP) => reload(tls.as_deref()),
+            Ok(signal) if !gave_up.load(Ordering::Acquire) => {
+                info!("{signal}: stopping");
+                break;
+            }
+            _ => break,
+        }
+    }
+    front_door.close();
+    http.stop();
+    match gave_up.load(Ordering::Acquire) {
+        true => Err(Error::HttpServer),
+        false => Ok(()),
+    }
+}
+
+fn reload(tls: Option<&tls::Tls>) {
+    match tls.map(tls::Tls::reload) {
+        None => info!("SIGHUP: no credentials to read again, CREDENTIALS_DIRECTORY is not set"),
+        Some(Ok(())) => info!("SIGHUP: new connections use the credentials as they are now"),
+        Some(Err(error)) => error!("SIGHUP: the old credentials stay in force: {error}"),
+    }
+    if let Some(tls) = tls {
+        tls.log_findings(SystemTime::now());
+    }
+}
+
+/// Where sockets belong that only this process uses.
+fn runtime_directory() -> PathBuf {
+    let directories = std::env::var_os("RUNTIME_DIRECTORY");
+    // systemd.exec(5): several are separated by colons.
+    let first = directories.as_ref().and_then(|paths| std::env::split_paths(paths).next());
+    first.filter(|path| !path.as_os_str().is_empty()).unwrap_or_else(std::env::temp_dir)
+}
+
+/// Raises the soft limit of open files to what `connections` need and returns how many
+/// connections the hard limit allows.
+fn raise_open_files(connections: usize) -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return connections;
+    };
+    let needed = connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS;
+    let granted = if soft < needed && soft < hard {
+        let wanted = needed.min(hard);
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted)
+    } else {
+        soft
+    };
+    if granted >= needed {
+        return connections;
+    }
+    // A quarter for the connections leaves three for everything else.
+    let affordable = (granted / 4 / DESCRIPTORS_PER_CONNECTION).max(1);
+    let affordable = usize::try_from(affordable).unwrap_or(usize::MAX).min(connections);
+    warn!(
+        "only {granted} open files are allowed, {needed} are needed: serving {affordable} \
+         connections at a time; raise the hard limit (systemd: LimitNOFILE={needed})"
+    );
+    affordable
 }

@@ -58,10 +58,7 @@ enum Change<'a> {
 impl WireGuard {
     /// The device of that name. Nothing is opened yet: it may come and go while the daemon runs.
     pub fn new(device: DeviceName) -> Self {
-        Self {
-            device,
-            turns: Arc::default(),
-        }
+        Self { device, turns: Arc::default() }
     }
 
     /// Name of the device.
@@ -84,19 +81,14 @@ impl WireGuard {
         deadline: Instant,
     ) -> Result<(), Error> {
         let (key, allowed_ips) = (*key, allowed_ips.to_vec());
-        self.run(deadline, move |backend| {
-            backend.apply(&[Change::Set(&key, &allowed_ips)])
-        })
+        self.run(deadline, move |backend| backend.apply(&[Change::Set(&key, &allowed_ips)]))
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
     pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
         let key = *key;
         self.run(deadline, move |backend| {
-            let peer = backend
-                .peers()?
-                .into_iter()
-                .find(|peer| peer.public_key == key);
+            let peer = backend.peers()?.into_iter().find(|peer| peer.public_key == key);
             if peer.is_some() {
                 backend.apply(&[Change::Remove(&key)])?;
             }
@@ -116,34 +108,24 @@ impl WireGuard {
         let turn = self.turns.take(deadline).ok_or_else(timeout)?;
         let (sender, receiver) = mpsc::sync_channel(1);
         let device = self.device.clone();
-        let thread = thread::Builder::new()
-            .name(THREAD_NAME.to_owned())
-            .spawn(move || {
-                // A receive that a signal interrupts makes the crate return half a dump as whole.
-                let _ = SigSet::all().thread_block();
-                let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
-                let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
-                    .unwrap_or_else(|_| {
-                        Err(Error::Internal(
-                            device.clone(),
-                            "the operation panicked".to_owned(),
-                        ))
-                    });
-                drop(turn);
-                if sender.send(result).is_err() {
-                    log::warn!("WireGuard device {device} answered after its time-out");
-                }
-            });
+        let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(move || {
+            // A receive that a signal interrupts makes the crate return half a dump as whole.
+            let _ = SigSet::all().thread_block();
+            let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
+            let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
+                .unwrap_or_else(|_| {
+                    Err(Error::Internal(device.clone(), "the operation panicked".to_owned()))
+                });
+            drop(turn);
+            if sender.send(result).is_err() {
+                log::warn!("WireGuard device {device} answered after its time-out");
+            }
+        });
         thread.map_err(|error| {
-            Error::Internal(
-                self.device.clone(),
-                format!("cannot start a thread: {error}"),
-            )
+            Error::Internal(self.device.clone(), format!("cannot start a thread: {error}"))
         })?;
         let left = deadline.saturating_duration_since(Instant::now());
-        receiver
-            .recv_timeout(left)
-            .unwrap_or_else(|_| Err(timeout()))
+        receiver.recv_timeout(left).unwrap_or_else(|_| Err(timeout()))
     }
 }
 

@@ -3,16 +3,8 @@
 //!
 //! `tests/install-deps` puts the kernel under `target/kernel`.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
-#![allow(
-    dead_code,
-    reason = "each test or bench that includes this file uses a part of it"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(dead_code, reason = "each test or bench that includes this file uses a part of it")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -30,10 +22,7 @@ const TAIL: usize = 60;
 
 /// The directory that cargo builds into.
 pub fn target_dir() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .parent()
-        .unwrap()
-        .to_owned()
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().to_owned()
 }
 
 /// A kernel image and the tree of its modules.
@@ -51,25 +40,14 @@ impl Kernel {
         let only = |dir: &str, prefix: &str| {
             let dir = root.join(dir);
             let entries = fs::read_dir(&dir).unwrap_or_else(|e| {
-                panic!(
-                    "{}: {e}; run tests/install-deps, it fetches a kernel",
-                    dir.display()
-                )
+                panic!("{}: {e}; run tests/install-deps, it fetches a kernel", dir.display())
             });
             entries
                 .map(|entry| entry.unwrap().path())
-                .find(|path| {
-                    path.file_name()
-                        .unwrap()
-                        .to_string_lossy()
-                        .starts_with(prefix)
-                })
+                .find(|path| path.file_name().unwrap().to_string_lossy().starts_with(prefix))
                 .unwrap_or_else(|| panic!("{} holds no {prefix}*", dir.display()))
         };
-        Self {
-            image: only("boot", "vmlinuz"),
-            modules: only("lib/modules", ""),
-        }
+        Self { image: only("boot", "vmlinuz"), modules: only("lib/modules", "") }
     }
 
     /// The files of these modules and of all that they depend on, in an order that loads.
@@ -119,17 +97,11 @@ impl Initramfs {
     /// `command` (a line of shell), prints its exit status and powers off.
     pub fn new(kernel: &Kernel, modules: &[&str], command: &str) -> Self {
         let mut initramfs = Self::default();
-        for directory in [
-            "/dev", "/proc", "/sys", "/run", "/tmp", "/var/run", "/bin", "/sbin",
-        ] {
+        for directory in ["/dev", "/proc", "/sys", "/run", "/tmp", "/var/run", "/bin", "/sbin"] {
             initramfs.add(directory.into(), Self::DIRECTORY, Vec::new());
         }
         let busybox = which("busybox");
-        initramfs.add(
-            "/bin/busybox".into(),
-            Self::EXECUTABLE,
-            fs::read(busybox).unwrap(),
-        );
+        initramfs.add("/bin/busybox".into(), Self::EXECUTABLE, fs::read(busybox).unwrap());
         let mut load = String::new();
         for (number, file) in kernel.module_files(modules).iter().enumerate() {
             let path = format!("/modules/{number}.ko");
@@ -155,10 +127,7 @@ impl Initramfs {
 
     /// Adds a program of the host with its shared libraries and its loader.
     pub fn program(&mut self, path: &Path) {
-        let ldd = Command::new("ldd")
-            .arg(path)
-            .output()
-            .expect("ldd is part of the C library");
+        let ldd = Command::new("ldd").arg(path).output().expect("ldd is part of the C library");
         // "name => /path (address)", or "/path (address)" for the loader.
         for word in String::from_utf8_lossy(&ldd.stdout).split_whitespace() {
             if word.starts_with('/') && !word.ends_with(':') {
@@ -169,14 +138,8 @@ impl Initramfs {
     }
 
     fn add(&mut self, path: PathBuf, mode: u32, contents: Vec<u8>) {
-        for parent in path
-            .ancestors()
-            .skip(1)
-            .filter(|parent| *parent != Path::new("/"))
-        {
-            self.entries
-                .entry(parent.to_owned())
-                .or_insert_with(|| (Self::DIRECTORY, Vec::new()));
+        for parent in path.ancestors().skip(1).filter(|parent| *parent != Path::new("/")) {
+            self.entries.entry(parent.to_owned()).or_insert_with(|| (Self::DIRECTORY, Vec::new()));
         }
         self.entries.insert(path, (mode, contents));
     }
@@ -190,27 +153,16 @@ impl Initramfs {
         let mut archive = Vec::new();
         let trailer = (PathBuf::from("/TRAILER!!!"), (0, Vec::new()));
         // The map's order puts each directory before what is in it.
-        for (inode, (path, (mode, contents))) in self
-            .entries
-            .iter()
-            .chain([(&trailer.0, &trailer.1)])
-            .enumerate()
+        for (inode, (path, (mode, contents))) in
+            self.entries.iter().chain([(&trailer.0, &trailer.1)]).enumerate()
         {
             let name = path.strip_prefix("/").unwrap().to_str().unwrap();
             let (size, name_size) = (contents.len(), name.len() + 1);
             let inode = inode + 1;
-            write!(
-                archive,
-                "070701{inode:08x}{mode:08x}{0:08x}{0:08x}{1:08x}{0:08x}",
-                0, 1
-            )
-            .unwrap();
-            write!(
-                archive,
-                "{size:08x}{0:08x}{0:08x}{0:08x}{0:08x}{name_size:08x}{0:08x}",
-                0
-            )
-            .unwrap();
+            write!(archive, "070701{inode:08x}{mode:08x}{0:08x}{0:08x}{1:08x}{0:08x}", 0, 1)
+                .unwrap();
+            write!(archive, "{size:08x}{0:08x}{0:08x}{0:08x}{0:08x}{name_size:08x}{0:08x}", 0)
+                .unwrap();
             for part in [format!("{name}\0").as_bytes(), contents] {
                 archive.extend_from_slice(part);
                 archive.resize(archive.len().next_multiple_of(4), 0);
@@ -254,14 +206,7 @@ impl Machine {
     /// Always emulates: where `/dev/kvm` is a nested one, it may hang.
     pub fn start(memory_mib: u32, limit: Duration, arguments: &[&str]) -> Self {
         let mut qemu = Command::new(which("qemu-system-x86_64"))
-            .args([
-                "-accel",
-                "tcg,thread=multi",
-                "-cpu",
-                "qemu64,+rdrand,+ssse3",
-                "-smp",
-                "2",
-            ])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand,+ssse3", "-smp", "2"])
             .args(["-m", &memory_mib.to_string(), "-nodefaults", "-no-reboot"])
             .args(["-display", "none", "-serial", "stdio"])
             .args(arguments)
@@ -274,20 +219,12 @@ impl Machine {
         let output = qemu.stdout.take().unwrap();
         std::thread::spawn(move || {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
-                if sender
-                    .send(String::from_utf8_lossy(&line).trim_end().to_owned())
-                    .is_err()
-                {
+                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
                     break;
                 }
             }
         });
-        Self {
-            qemu,
-            console,
-            tail: VecDeque::new(),
-            deadline: Instant::now() + limit,
-        }
+        Self { qemu, console, tail: VecDeque::new(), deadline: Instant::now() + limit }
     }
 
     /// Boots this kernel and initramfs.
@@ -295,20 +232,14 @@ impl Machine {
         let arguments = [
             ["-kernel", kernel.image.to_str().unwrap()],
             ["-initrd", initramfs.0.to_str().unwrap()],
-            [
-                "-append",
-                "console=ttyS0 quiet panic=-1 oops=panic no_timer_check",
-            ],
+            ["-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check"],
         ];
         Self::start(memory_mib, limit, arguments.as_flattened())
     }
 
     /// The console's next line; `None` once the machine is off.
     pub fn line(&mut self) -> Option<String> {
-        match self
-            .console
-            .recv_timeout(self.deadline.saturating_duration_since(Instant::now()))
-        {
+        match self.console.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
             Ok(line) => {
                 self.tail.push_back(line.clone());
                 if self.tail.len() > TAIL {
@@ -318,10 +249,7 @@ impl Machine {
             }
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => {
-                panic!(
-                    "the machine did not end in time; its last lines:\n{}",
-                    self.tail()
-                )
+                panic!("the machine did not end in time; its last lines:\n{}", self.tail())
             }
         }
     }
@@ -337,19 +265,13 @@ impl Machine {
             }
         }
         status.unwrap_or_else(|| {
-            panic!(
-                "the machine ended without a result; its last lines:\n{}",
-                self.tail()
-            )
+            panic!("the machine ended without a result; its last lines:\n{}", self.tail())
         })
     }
 
     /// The console's last lines.
     pub fn tail(&self) -> String {
-        self.tail
-            .iter()
-            .map(|line| format!("  | {line}\n"))
-            .collect()
+        self.tail.iter().map(|line| format!("  | {line}\n")).collect()
     }
 }
 

@@ -19,10 +19,7 @@ pub const COMMON: &[Case] = &[
     ("1,000 and 3,000 allowed IPs", many_allowed_ips),
     ("an allowed IP moves to another peer", allowed_ip_moves),
     ("the device's own key is refused", own_key),
-    (
-        "preshared key and keepalive survive",
-        preshared_key_survives,
-    ),
+    ("preshared key and keepalive survive", preshared_key_survives),
     ("handshake and counters", handshake_and_counters),
     ("no secret is printed", no_secret_is_printed),
     ("a device that does not exist", no_device),
@@ -33,10 +30,8 @@ pub const COMMON: &[Case] = &[
 pub const SESSION: &[Case] = &[("adding again keeps the session", session_survives)];
 
 /// For implementations that are a process.
-pub const PROCESS: &[Case] = &[
-    ("the process hangs", process_hangs),
-    ("the process was killed", process_killed),
-];
+pub const PROCESS: &[Case] =
+    &[("the process hangs", process_hangs), ("the process was killed", process_killed)];
 
 /// The public key of a peer that only has to exist.
 pub fn key(number: u32) -> PublicKey {
@@ -53,9 +48,7 @@ pub fn ips(texts: &[&str]) -> Vec<AllowedIp> {
 /// `count` addresses out of 10.0.0.0/8, from the `first` on.
 pub fn block(first: u32, count: u32) -> Vec<AllowedIp> {
     let address = |number| Ipv4Addr::from(0x0a00_0000 + number);
-    (first..first + count)
-        .map(|n| format!("{}/32", address(n)).parse().unwrap())
-        .collect()
+    (first..first + count).map(|n| format!("{}/32", address(n)).parse().unwrap()).collect()
 }
 
 /// As `wg` prints them.
@@ -79,15 +72,9 @@ fn add_and_list(kind: Kind) {
         device.add(&key(number), &ips(list));
         let row = device.row(&key(number)).unwrap();
         assert_eq!(row.allowed_ips, texts(&ips(list)));
-        assert_eq!(
-            (row.preshared_key.as_str(), row.endpoint.as_str()),
-            ("(none)", "(none)")
-        );
+        assert_eq!((row.preshared_key.as_str(), row.endpoint.as_str()), ("(none)", "(none)"));
         let peer = device.peer(&key(number));
-        assert_eq!(
-            (peer.last_handshake, peer.rx_bytes, peer.tx_bytes),
-            (None, 0, 0)
-        );
+        assert_eq!((peer.last_handshake, peer.rx_bytes, peer.tx_bytes), (None, 0, 0));
     }
     assert_eq!(device.check(), lists.len());
 }
@@ -98,10 +85,7 @@ fn remove(kind: Kind) {
     device.add(&key(2), &ips(&["10.1.0.2/32"]));
     let removed = device.remove(&key(1)).expect("the peer was there");
     assert_eq!(removed.public_key, key(1));
-    assert_eq!(
-        texts(&removed.allowed_ips),
-        texts(&ips(&["10.1.0.1/32", "fd00:1::1/128"]))
-    );
+    assert_eq!(texts(&removed.allowed_ips), texts(&ips(&["10.1.0.1/32", "fd00:1::1/128"])));
     assert_eq!(device.row(&key(1)), None);
     assert_eq!(device.check(), 1);
     assert_eq!(device.remove(&key(1)), None);
@@ -117,10 +101,7 @@ fn remove_unknown(kind: Kind) {
 
 fn add_again(kind: Kind) {
     let device = Device::new(kind);
-    for list in [
-        &["10.1.0.1/32", "10.1.0.2/32"][..],
-        &["10.1.0.2/32", "fd00::2/128"],
-    ] {
+    for list in [&["10.1.0.1/32", "10.1.0.2/32"][..], &["10.1.0.2/32", "fd00::2/128"]] {
         // The second time, nothing changes.
         for _ in 0..2 {
             device.add(&key(1), &ips(list));
@@ -135,10 +116,7 @@ fn many_allowed_ips(kind: Kind) {
     device.add(&key(1), &ips(&["10.255.0.1/32"]));
     for count in [1000, 3000] {
         device.add(&key(2), &block(0, count));
-        assert_eq!(
-            device.row(&key(2)).unwrap().allowed_ips,
-            texts(&block(0, count))
-        );
+        assert_eq!(device.row(&key(2)).unwrap().allowed_ips, texts(&block(0, count)));
         assert_eq!(device.check(), 2);
     }
     assert_eq!(device.remove(&key(2)).unwrap().allowed_ips.len(), 3000);
@@ -148,16 +126,10 @@ fn allowed_ip_moves(kind: Kind) {
     let device = Device::new(kind);
     device.add(&key(1), &ips(&["10.1.0.1/32", "10.1.0.2/32"]));
     device.add(&key(2), &ips(&["10.1.0.2/32"]));
-    assert_eq!(
-        device.row(&key(2)).unwrap().allowed_ips,
-        texts(&ips(&["10.1.0.2/32"]))
-    );
+    assert_eq!(device.row(&key(2)).unwrap().allowed_ips, texts(&ips(&["10.1.0.2/32"])));
     // boringtun routes to the new peer, but goes on listing the address at the old one.
     if kind != Kind::Boringtun {
-        assert_eq!(
-            device.row(&key(1)).unwrap().allowed_ips,
-            texts(&ips(&["10.1.0.1/32"]))
-        );
+        assert_eq!(device.row(&key(1)).unwrap().allowed_ips, texts(&ips(&["10.1.0.1/32"])));
     }
     assert_eq!(device.check(), 2);
 }
@@ -165,10 +137,7 @@ fn allowed_ip_moves(kind: Kind) {
 fn own_key(kind: Kind) {
     let device = Device::new(kind);
     let ip = ips(&["10.1.0.1/32"]);
-    let error = device
-        .wireguard
-        .add_peer(&device.public_key, &ip, soon())
-        .unwrap_err();
+    let error = device.wireguard.add_peer(&device.public_key, &ip, soon()).unwrap_err();
     assert!(error.to_string().contains(&device.name), "{error}");
     assert_eq!(device.check(), 0);
 }
@@ -177,26 +146,13 @@ fn preshared_key_survives(kind: Kind) {
     let device = Device::new(kind);
     let preshared_key = command("wg", &["genpsk"]);
     let name = key(1).to_string();
-    let arguments = [
-        "peer",
-        &name,
-        "persistent-keepalive",
-        "25",
-        "endpoint",
-        "127.0.0.1:9",
-    ];
-    device.wg_input(
-        &[&arguments[..], &["preshared-key", "/dev/stdin"]].concat(),
-        &preshared_key,
-    );
+    let arguments = ["peer", &name, "persistent-keepalive", "25", "endpoint", "127.0.0.1:9"];
+    device.wg_input(&[&arguments[..], &["preshared-key", "/dev/stdin"]].concat(), &preshared_key);
     device.add(&key(1), &ips(&["10.1.0.1/32"]));
     let row = device.row(&key(1)).unwrap();
     assert_eq!(row.allowed_ips, texts(&ips(&["10.1.0.1/32"])));
     assert_eq!(row.preshared_key, preshared_key.trim());
-    assert_eq!(
-        (row.keepalive.as_str(), row.endpoint.as_str()),
-        ("25", "127.0.0.1:9")
-    );
+    assert_eq!((row.keepalive.as_str(), row.endpoint.as_str()), ("25", "127.0.0.1:9"));
 }
 
 /// Two devices of one kind in two namespaces, each the other's peer, with a session.
@@ -218,48 +174,32 @@ impl Tunnel {
         let netns = client_namespace.path();
         command(
             "ip",
-            &[
-                "link", "add", &here, "type", "veth", "peer", "name", &there, "netns", &netns,
-            ],
+            &["link", "add", &here, "type", "veth", "peer", "name", &there, "netns", &netns],
         );
         command("ip", &["address", "add", "192.0.2.1/24", "dev", &here]);
         command("ip", &["link", "set", &here, "up"]);
-        command(
-            "ip",
-            &["address", "add", "10.99.0.1/24", "dev", &server.name],
-        );
+        command("ip", &["address", "add", "10.99.0.1/24", "dev", &server.name]);
         server.wg(&["listen-port", "51820"]);
         let server_key = server.public_key.to_string();
         let client = client_namespace.enter(|| {
             command("ip", &["address", "add", "192.0.2.2/24", "dev", &there]);
             command("ip", &["link", "set", &there, "up"]);
             let client = Device::new(kind);
-            command(
-                "ip",
-                &["address", "add", "10.99.0.2/24", "dev", &client.name],
-            );
+            command("ip", &["address", "add", "10.99.0.2/24", "dev", &client.name]);
             let peer = ["peer", &server_key, "endpoint", "192.0.2.1:51820"];
             client.wg(&[&peer[..], &["allowed-ips", "10.99.0.1/32"]].concat());
             client
         });
         server.add(&client.public_key, &ips(&["10.99.0.2/32"]));
-        Self {
-            server,
-            client,
-            client_namespace,
-        }
+        Self { server, client, client_namespace }
     }
 
     /// Sends `bytes`, less than a socket's buffer holds, from the client to the server.
     fn send(&self, bytes: usize) {
         let receiver = UdpSocket::bind((Self::SERVER, 0)).unwrap();
-        receiver
-            .set_read_timeout(Some(Duration::from_millis(200)))
-            .unwrap();
+        receiver.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         let address = receiver.local_addr().unwrap();
-        let sender = self
-            .client_namespace
-            .enter(|| UdpSocket::bind((Self::CLIENT, 0)).unwrap());
+        let sender = self.client_namespace.enter(|| UdpSocket::bind((Self::CLIENT, 0)).unwrap());
         let mut buffer = [0; 1000];
         // The first datagrams may be lost while the two sides meet.
         wait_for("a datagram through the tunnel", || {
@@ -283,18 +223,11 @@ fn handshake_and_counters(kind: Kind) {
     let peer = server.peer(client);
     let age = SystemTime::now().duration_since(peer.last_handshake.expect("a session"));
     // The kernel gives the handshake's time in whole seconds or finer, never ahead of the clock.
-    assert!(
-        age.unwrap_or_default() < Duration::from_secs(120),
-        "{:?}",
-        peer.last_handshake
-    );
+    assert!(age.unwrap_or_default() < Duration::from_secs(120), "{:?}", peer.last_handshake);
     assert!(peer.rx_bytes >= 50_000, "received {} bytes", peer.rx_bytes);
     assert!(peer.tx_bytes < 10_000, "sent {} bytes", peer.tx_bytes);
     let removed = server.remove(client).expect("the peer was there");
-    assert_eq!(
-        (removed.rx_bytes, removed.tx_bytes),
-        (peer.rx_bytes, peer.tx_bytes)
-    );
+    assert_eq!((removed.rx_bytes, removed.tx_bytes), (peer.rx_bytes, peer.tx_bytes));
     assert_eq!(removed.public_key, *client);
     assert!(removed.last_handshake.is_some());
     assert_eq!(server.check(), 0);
@@ -308,18 +241,12 @@ fn session_survives(kind: Kind) {
     let before = server.row(client).unwrap();
     server.add(client, &ips(&["10.99.0.2/32", "fd00::2/128"]));
     let mut after = server.row(client).unwrap();
-    assert_eq!(
-        after.allowed_ips,
-        texts(&ips(&["10.99.0.2/32", "fd00::2/128"]))
-    );
+    assert_eq!(after.allowed_ips, texts(&ips(&["10.99.0.2/32", "fd00::2/128"])));
     after.allowed_ips.clone_from(&before.allowed_ips);
     assert_eq!(after, before, "endpoint, handshake and counters stay");
     tunnel.send(20_000);
     let later = server.row(client).unwrap();
-    assert_eq!(
-        later.last_handshake, before.last_handshake,
-        "no second handshake"
-    );
+    assert_eq!(later.last_handshake, before.last_handshake, "no second handshake");
     assert!(later.rx_bytes >= before.rx_bytes + 20_000);
     server.check();
 }
@@ -329,17 +256,11 @@ fn no_secret_is_printed(kind: Kind) {
     let preshared_key = command("wg", &["genpsk"]);
     let preshared_key = preshared_key.trim();
     let name = key(1).to_string();
-    device.wg_input(
-        &["peer", &name, "preshared-key", "/dev/stdin"],
-        preshared_key,
-    );
+    device.wg_input(&["peer", &name, "preshared-key", "/dev/stdin"], preshared_key);
     device.add(&key(1), &ips(&["10.1.0.1/32"]));
     let mut printed = format!("{:?}", device.peers());
     let ip = ips(&["10.1.0.2/32"]);
-    let own = device
-        .wireguard
-        .add_peer(&device.public_key, &ip, soon())
-        .unwrap_err();
+    let own = device.wireguard.add_peer(&device.public_key, &ip, soon()).unwrap_err();
     let late = device.wireguard.peers(Instant::now()).err();
     printed += &format!("{own} {own:?} {late:?} {:?}", device.remove(&key(1)));
     printed += &crate::logged();
@@ -365,17 +286,12 @@ fn forms(secret: &str) -> [String; 3] {
 fn assert_fails(wireguard: &WireGuard, words: &[&str]) {
     let errors = [
         wireguard.peers(soon()).unwrap_err(),
-        wireguard
-            .add_peer(&key(1), &ips(&["10.1.0.1/32"]), soon())
-            .unwrap_err(),
+        wireguard.add_peer(&key(1), &ips(&["10.1.0.1/32"]), soon()).unwrap_err(),
         wireguard.remove_peer(&key(1), soon()).unwrap_err(),
     ];
     for error in errors {
         for word in words {
-            assert!(
-                error.to_string().contains(word),
-                "not about {word}: {error}"
-            );
+            assert!(error.to_string().contains(word), "not about {word}: {error}");
         }
         assert!(!error.is_timeout(), "{error}");
     }
@@ -383,10 +299,7 @@ fn assert_fails(wireguard: &WireGuard, words: &[&str]) {
 
 fn no_device(_: Kind) {
     let name = unused_name();
-    assert_fails(
-        &WireGuard::new(name.parse().unwrap()),
-        &[&name, "does not exist"],
-    );
+    assert_fails(&WireGuard::new(name.parse().unwrap()), &[&name, "does not exist"]);
 }
 
 fn device_made_again(kind: Kind) {
@@ -409,21 +322,12 @@ fn process_hangs(kind: Kind) {
     let ip = ips(&["10.1.0.2/32"]);
     let errors = [
         device.wireguard.peers(deadline()).unwrap_err(),
-        device
-            .wireguard
-            .add_peer(&key(2), &ip, deadline())
-            .unwrap_err(),
-        device
-            .wireguard
-            .remove_peer(&key(1), deadline())
-            .unwrap_err(),
+        device.wireguard.add_peer(&key(2), &ip, deadline()).unwrap_err(),
+        device.wireguard.remove_peer(&key(1), deadline()).unwrap_err(),
     ];
     device.resume();
     for error in errors {
-        assert!(
-            error.is_timeout() && error.to_string().contains(&device.name),
-            "{error}"
-        );
+        assert!(error.is_timeout() && error.to_string().contains(&device.name), "{error}");
     }
     device.peers();
 }

@@ -118,21 +118,11 @@ pub struct Device {
 impl Device {
     pub fn new(kind: Kind) -> Self {
         let private_key = command("wg", &["genkey"]);
-        let public_key = input("wg", &["pubkey"], &private_key)
-            .trim()
-            .parse()
-            .unwrap();
+        let public_key = input("wg", &["pubkey"], &private_key).trim().parse().unwrap();
         let name = unused_name();
         let wireguard = WireGuard::new(name.parse().unwrap());
         let private_key = private_key.trim().to_owned();
-        let mut device = Self {
-            name,
-            kind,
-            private_key,
-            public_key,
-            wireguard,
-            process: None,
-        };
+        let mut device = Self { name, kind, private_key, public_key, wireguard, process: None };
         device.create();
         device
     }
@@ -157,9 +147,7 @@ impl Device {
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap_or_else(|e| panic!("{}: {e}; run tests/install-deps", program.display()));
-            wait_for(&format!("{} and its socket", program.display()), || {
-                self.socket().exists()
-            });
+            wait_for(&format!("{} and its socket", program.display()), || self.socket().exists());
             process
         });
         self.wg_input(&["private-key", "/dev/stdin"], &self.private_key);
@@ -183,9 +171,7 @@ impl Device {
     pub fn stop(&self) {
         let id = self.signal(Signal::SIGSTOP);
         let stopped = |task: std::io::Result<DirEntry>| {
-            read_to_string(task.unwrap().path().join("stat"))
-                .unwrap()
-                .contains(") T ")
+            read_to_string(task.unwrap().path().join("stat")).unwrap().contains(") T ")
         };
         // Threads that run on another CPU go on for a moment.
         wait_for("the process to stop", || {
@@ -229,39 +215,27 @@ impl Device {
 
     /// The peer of this key as `wg` sees it.
     pub fn row(&self, key: &PublicKey) -> Option<Row> {
-        self.dump()
-            .into_iter()
-            .find(|row| row.public_key == key.to_string())
+        self.dump().into_iter().find(|row| row.public_key == key.to_string())
     }
 
     /// All peers as the backend sees them, in order of the public key.
     pub fn peers(&self) -> Vec<Peer> {
-        let mut peers = self
-            .wireguard
-            .peers(soon())
-            .unwrap_or_else(|e| panic!("{e}"));
+        let mut peers = self.wireguard.peers(soon()).unwrap_or_else(|e| panic!("{e}"));
         peers.sort_by_key(|peer| peer.public_key.to_string());
         peers
     }
 
     /// The peer of this key as the backend sees it.
     pub fn peer(&self, key: &PublicKey) -> Peer {
-        self.peers()
-            .into_iter()
-            .find(|peer| peer.public_key == *key)
-            .expect("the peer is there")
+        self.peers().into_iter().find(|peer| peer.public_key == *key).expect("the peer is there")
     }
 
     pub fn add(&self, key: &PublicKey, allowed_ips: &[AllowedIp]) {
-        self.wireguard
-            .add_peer(key, allowed_ips, soon())
-            .unwrap_or_else(|e| panic!("{e}"));
+        self.wireguard.add_peer(key, allowed_ips, soon()).unwrap_or_else(|e| panic!("{e}"));
     }
 
     pub fn remove(&self, key: &PublicKey) -> Option<Peer> {
-        self.wireguard
-            .remove_peer(key, soon())
-            .unwrap_or_else(|e| panic!("{e}"))
+        self.wireguard.remove_peer(key, soon()).unwrap_or_else(|e| panic!("{e}"))
     }
 
     /// Asserts that the backend and `wg` see the same; how many peers they see.
@@ -271,31 +245,15 @@ impl Device {
         for (peer, row) in peers.iter().zip(&rows) {
             let allowed_ips: BTreeSet<String> =
                 peer.allowed_ips.iter().map(ToString::to_string).collect();
+            assert_eq!(allowed_ips.len(), peer.allowed_ips.len(), "an allowed IP twice");
             assert_eq!(
-                allowed_ips.len(),
-                peer.allowed_ips.len(),
-                "an allowed IP twice"
-            );
-            assert_eq!(
-                (
-                    peer.public_key.to_string(),
-                    allowed_ips,
-                    peer.rx_bytes,
-                    peer.tx_bytes
-                ),
-                (
-                    row.public_key.clone(),
-                    row.allowed_ips.clone(),
-                    row.rx_bytes,
-                    row.tx_bytes
-                )
+                (peer.public_key.to_string(), allowed_ips, peer.rx_bytes, peer.tx_bytes),
+                (row.public_key.clone(), row.allowed_ips.clone(), row.rx_bytes, row.tx_bytes)
             );
             // boringtun tells how long ago the handshake was where `wg` expects the time.
             if self.kind != Kind::Boringtun {
                 let last_handshake = peer.last_handshake.map_or(0, |time| {
-                    time.duration_since(std::time::UNIX_EPOCH)
-                        .unwrap()
-                        .as_secs()
+                    time.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
                 });
                 assert_eq!(last_handshake, row.last_handshake, "last handshake");
             }
@@ -316,16 +274,7 @@ impl Drop for Device {
 /// One line of `wg show … dump` after the first.
 fn row(line: &str) -> Row {
     let fields: Vec<&str> = line.split('\t').collect();
-    let [
-        key,
-        preshared_key,
-        endpoint,
-        allowed_ips,
-        last_handshake,
-        rx,
-        tx,
-        keepalive,
-    ] = fields[..]
+    let [key, preshared_key, endpoint, allowed_ips, last_handshake, rx, tx, keepalive] = fields[..]
     else {
         panic!("wg printed {} fields", fields.len())
     };
@@ -347,11 +296,7 @@ fn row(line: &str) -> Row {
 /// An interface name that nobody else uses.
 pub fn unused_name() -> String {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
-    format!(
-        "t{}x{}",
-        std::process::id(),
-        NUMBER.fetch_add(1, Ordering::Relaxed)
-    )
+    format!("t{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A deadline that no working device misses, emulated or not.

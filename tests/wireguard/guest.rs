@@ -16,10 +16,7 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 pub fn run(executable: &Path, test: &str) {
     let kernel = Kernel::find();
     let case = std::env::var("CASE").unwrap_or_default();
-    let command = format!(
-        "ROLE={ROLE} CASE={case} {} --exact {test}",
-        executable.display()
-    );
+    let command = format!("ROLE={ROLE} CASE={case} {} --exact {test}", executable.display());
     let mut initramfs = Initramfs::new(&kernel, &["wireguard", "veth"], &command);
     initramfs.program(executable);
     initramfs.program(Path::new(env!("CARGO_BIN_EXE_vpn-daemon")));

@@ -12,23 +12,11 @@ use crate::devices::{Device, Kind, command, input, soon, unused_name};
 use crate::{Case, say};
 
 pub const CASES: &[Case] = &[
-    (
-        "peer counts around the dump's message boundaries",
-        peer_counts,
-    ),
-    (
-        "0 to 60 allowed IPs around the message boundaries",
-        allowed_ip_counts,
-    ),
+    ("peer counts around the dump's message boundaries", peer_counts),
+    ("0 to 60 allowed IPs around the message boundaries", allowed_ip_counts),
     ("10,000 peers", ten_thousand_peers),
-    (
-        "dumps while peers are removed and added",
-        dumps_while_peers_change,
-    ),
-    (
-        "dumps while allowed IPs change",
-        dumps_while_allowed_ips_change,
-    ),
+    ("dumps while peers are removed and added", dumps_while_peers_change),
+    ("dumps while allowed IPs change", dumps_while_allowed_ips_change),
     ("without CAP_NET_ADMIN", without_capability),
     ("an interface that is not WireGuard", not_wireguard),
 ];
@@ -60,10 +48,7 @@ fn ten_thousand_peers(kind: Kind) {
     device.load((0..10_000).map(|n| (key(n), block(n, 1))).collect());
     assert_eq!(device.check(), 10_000);
     device.add(&key(10_000), &ips(&["fd00::1/128"]));
-    assert_eq!(
-        device.remove(&key(5000)).unwrap().allowed_ips,
-        block(5000, 1)
-    );
+    assert_eq!(device.remove(&key(5000)).unwrap().allowed_ips, block(5000, 1));
     assert_eq!(device.check(), 10_000);
 }
 
@@ -142,14 +127,8 @@ impl Dumps {
 
     /// Most dumps have to come back in time, however disturbed.
     fn judge(&self) {
-        say(&format!(
-            "kernel: {} disturbed dumps were whole, {} failed",
-            self.whole, self.failed
-        ));
-        assert!(
-            self.whole > 10 && self.whole > 4 * self.failed,
-            "too few dumps came back"
-        );
+        say(&format!("kernel: {} disturbed dumps were whole, {} failed", self.whole, self.failed));
+        assert!(self.whole > 10 && self.whole > 4 * self.failed, "too few dumps came back");
     }
 }
 
@@ -163,10 +142,7 @@ fn without_capability(kind: Kind) {
         .output()
         .unwrap();
     let output = String::from_utf8_lossy(&child.stdout);
-    assert!(
-        child.status.success() && output.contains("1 passed"),
-        "{output}"
-    );
+    assert!(child.status.success() && output.contains("1 passed"), "{output}");
 }
 
 /// What the process without capabilities does.
@@ -174,31 +150,20 @@ pub fn unprivileged() {
     let wireguard = WireGuard::new(std::env::var("DEVICE").unwrap().parse().unwrap());
     let errors = [
         wireguard.peers(soon()).unwrap_err(),
-        wireguard
-            .add_peer(&key(1), &ips(&["10.1.0.1/32"]), soon())
-            .unwrap_err(),
+        wireguard.add_peer(&key(1), &ips(&["10.1.0.1/32"]), soon()).unwrap_err(),
         wireguard.remove_peer(&key(1), soon()).unwrap_err(),
     ];
     for error in errors {
         let text = error.to_string();
-        assert!(
-            text.contains("CAP_NET_ADMIN") && text.contains(wireguard.device()),
-            "{text}"
-        );
+        assert!(text.contains("CAP_NET_ADMIN") && text.contains(wireguard.device()), "{text}");
     }
 }
 
 fn not_wireguard(_: Kind) {
     let name = unused_name();
     command("ip", &["link", "add", &name, "type", "veth"]);
-    let error = WireGuard::new(name.parse().unwrap())
-        .peers(soon())
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains(&name) && error.contains("not a WireGuard device"),
-        "{error}"
-    );
+    let error = WireGuard::new(name.parse().unwrap()).peers(soon()).unwrap_err().to_string();
+    assert!(error.contains(&name) && error.contains("not a WireGuard device"), "{error}");
 }
 
 impl Device {

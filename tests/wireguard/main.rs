@@ -3,12 +3,7 @@
 //!
 //! `CASE=word cargo test --test wireguard` runs the cases whose name contains the word.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(missing_docs, unreachable_pub)]
 
 mod cases;
@@ -30,10 +25,7 @@ type Case = (&'static str, fn(Kind));
 
 #[test]
 fn wireguard_go() {
-    run(
-        Kind::WireguardGo,
-        &[cases::COMMON, cases::SESSION, cases::PROCESS],
-    );
+    run(Kind::WireguardGo, &[cases::COMMON, cases::SESSION, cases::PROCESS]);
 }
 
 #[test]
@@ -45,10 +37,7 @@ fn boringtun() {
 #[test]
 fn kernel() {
     match std::env::var("ROLE").as_deref() {
-        Ok(guest::ROLE) => run(
-            Kind::Kernel,
-            &[cases::COMMON, cases::SESSION, kernel::CASES],
-        ),
+        Ok(guest::ROLE) => run(Kind::Kernel, &[cases::COMMON, cases::SESSION, kernel::CASES]),
         Ok(kernel::UNPRIVILEGED) => kernel::unprivileged(),
         Ok(role) => panic!("unknown ROLE {role}"),
         Err(_) => guest::run(&std::env::current_exe().unwrap(), "kernel"),
@@ -63,12 +52,7 @@ fn run(kind: Kind, lists: &[&[Case]]) {
     if log::set_logger(&LOG).is_ok() {
         log::set_max_level(log::LevelFilter::Debug);
     }
-    for (name, case) in lists
-        .iter()
-        .copied()
-        .flatten()
-        .filter(|(name, _)| name.contains(&only))
-    {
+    for (name, case) in lists.iter().copied().flatten().filter(|(name, _)| name.contains(&only)) {
         let started = Instant::now();
         let namespace = Namespace::new();
         let result = namespace.enter(|| catch_unwind(AssertUnwindSafe(|| case(kind))));

@@ -1,0 +1,259 @@
+//! Flags and environment: what the operator asked for.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use lexopt::prelude::*;
+
+use crate::wireguard::DeviceName;
+
+/// The text of `-help`.
+pub const HELP: &str = "\
+usage: vpn-daemon [FLAG …]
+
+Manages the WireGuard peers and OpenVPN clients of this node for a VPN portal,
+which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
+
+  -listen ADDR           address and port to listen on (default 127.0.0.1:41194);
+                         :PORT is every address of this host, IPv4 and IPv6
+  -wg-device NAME        WireGuard network interface (default wg0)
+  -openvpn-dir DIR       directory of the OpenVPN management sockets
+                         (default /run/openvpn-server)
+  -max-connections N     connections served at the same time (default 256)
+  -version               print the version
+  -help                  print this text
+
+Environment:
+  CREDENTIALS_DIRECTORY  directory of ca.crt, server.crt and server.key (PEM), and
+                         ca.crl where certificates are revoked: serve HTTPS only,
+                         to clients with a certificate of that CA
+  RUST_LOG               log level: error, warn, info (default), debug
+
+Signals: SIGHUP reads the certificates again, SIGTERM and SIGINT end the daemon.
+Exit status: 0 after a signal, 1 when it cannot run, 2 for unknown flags.
+";
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Run the daemon.
+    Serve(Options),
+    /// Print [`HELP`].
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// How to run the daemon.
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub struct Options {
+    /// Where to listen.
+    pub listen: ListenAddress,
+    /// Name of the WireGuard interface.
+    pub wg_device: DeviceName,
+    /// Directory of the OpenVPN management sockets.
+    pub openvpn_dir: PathBuf,
+    /// Connections served at the same time.
+    pub max_connections: usize,
+}
+
+/// `HOST:PORT`, or `:PORT` for every address of the host.
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub struct ListenAddress {
+    /// Host name or address; `None` is every address, IPv4 and IPv6.
+    pub host: Option<String>,
+    /// TCP port; 0 lets the kernel choose one.
+    pub port: u16,
+}
+
+/// A command line that cannot be understood: one line that names the flag.
+#[derive(Debug, PartialEq, Eq)]
+pub struct UsageError(String);
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            listen: ListenAddress { host: Some("127.0.0.1".into()), port: 41194 },
+            wg_device: DeviceName::default(),
+            openvpn_dir: "/run/openvpn-server".into(),
+            max_connections: 256,
+        }
+    }
+}
+
+/// Where the TLS credentials lie; `None`: plain HTTP. A variable that is set but empty is a
+/// directory that cannot be read, never plain HTTP.
+pub fn credentials_directory() -> Option<PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from)
+}
+
+/// Reads the arguments, the program's name not among them.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
+    let mut parser = lexopt::Parser::from_args(arguments.into_iter().map(two_dashes));
+    let mut options = Options::default();
+    while let Some(argument) = parser.next()? {
+        let Long(flag) = argument else {
+            return Err(match argument {
+                Value(value) => UsageError(format!("unexpected argument {value:?}")),
+                other => other.unexpected().into(),
+            });
+        };
+        let flag = flag.to_owned();
+        match flag.as_str() {
+            "listen" => options.listen = checked(&flag, parser.value()?)?,
+            "wg-device" => options.wg_device = checked(&flag, parser.value()?)?,
+            "openvpn-dir" => options.openvpn_dir = parser.value()?.into(),
+            "max-connections" => {
+                options.max_connections = match checked(&flag, parser.value()?)? {
+                    0 => return Err(UsageError("-max-connections: must be at least 1".into())),
+                    number => number,
+                }
+            }
+            "version" => return Ok(Command::Version),
+            "help" | "h" => return Ok(Command::Help),
+            _ => return Err(UsageError(format!("unknown flag -{flag}"))),
+        }
+    }
+    Ok(Command::Serve(options))
+}
+
+/// Unit files write `-flag`, which lexopt would read as a row of one-letter flags.
+fn two_dashes(argument: OsString) -> OsString {
+    match argument.to_str() {
+        Some(text) if text.len() > 1 && text.starts_with('-') && !text.starts_with("--") => {
+            format!("-{text}").into()
+        }
+        _ => argument,
+    }
+}
+
+fn checked<T: FromStr<Err: fmt::Display>>(flag: &str, value: OsString) -> Result<T, UsageError> {
+    let value = value.into_string().map_err(|value| {
+        UsageError(format!("-{flag} {}: is not UTF-8", value.to_string_lossy()))
+    })?;
+    value.parse().map_err(|error| UsageError(format!("-{flag} {value}: {error}")))
+}
+
+impl FromStr for ListenAddress {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (host, port) = text.rsplit_once(':').ok_or("has no port; write HOST:PORT or :PORT")?;
+        let port = port.parse().map_err(|_| "the port is not a number from 0 to 65535")?;
+        let host = match host {
+            "" => None,
+            _ if host.starts_with('[') => Some(
+                host.strip_prefix('[')
+                    .and_then(|host| host.strip_suffix(']'))
+                    .filter(|host| host.parse::<std::net::Ipv6Addr>().is_ok())
+                    .ok_or("is not an IPv6 address in brackets and a port")?
+                    .to_owned(),
+            ),
+            _ if host.contains(':') => return Err("an IPv6 address needs brackets: [::1]:41194"),
+            _ => Some(host.to_owned()),
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.as_deref() {
+            None => write!(f, ":{}", self.port),
+            Some(host) if host.contains(':') => write!(f, "[{host}]:{}", self.port),
+            Some(host) => write!(f, "{host}:{}", self.port),
+        }
+    }
+}
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; see vpn-daemon -help", self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+impl From<lexopt::Error> for UsageError {
+    fn from(error: lexopt::Error) -> Self {
+        // lexopt writes flags with two dashes, the help text and unit files with one.
+        Self(error.to_string().replace("--", "-"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_words(line: &str) -> Result<Command, String> {
+        parse(line.split_whitespace().map(OsString::from)).map_err(|error| error.to_string())
+    }
+
+    fn options(line: &str) -> Options {
+        match parse_words(line) {
+            Ok(Command::Serve(options)) => options,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn one_dash_and_two_a_space_and_an_equals_sign() {
+        let expected = Options {
+            listen: ListenAddress { host: None, port: 41194 },
+            wg_device: "wg1".parse().unwrap(),
+            openvpn_dir: "/tmp/o".into(),
+            max_connections: 7,
+        };
+        for line in [
+            "-wg-device wg1 -listen :41194 -openvpn-dir /tmp/o -max-connections 7",
+            "--wg-device wg1 --listen :41194 --openvpn-dir /tmp/o --max-connections 7",
+            "-wg-device=wg1 -listen=:41194 -openvpn-dir=/tmp/o -max-connections=7",
+            "--wg-device=wg1 --listen=:41194 --openvpn-dir=/tmp/o --max-connections=7",
+        ] {
+            assert_eq!(options(line), expected, "{line}");
+        }
+        assert_eq!(options(""), Options::default());
+        assert_eq!(parse_words("-version"), Ok(Command::Version));
+        assert_eq!(parse_words("-listen :1 --help -nonsense"), Ok(Command::Help));
+        assert_eq!(parse_words("-h"), Ok(Command::Help));
+    }
+
+    #[test]
+    fn addresses() {
+        for (text, host, port) in [
+            (":41194", None, 41194),
+            ("127.0.0.1:1", Some("127.0.0.1"), 1),
+            ("[::1]:41194", Some("::1"), 41194),
+            ("vpn.example.org:65535", Some("vpn.example.org"), 65535),
+            ("localhost:0", Some("localhost"), 0),
+        ] {
+            let address: ListenAddress = text.parse().unwrap();
+            assert_eq!((address.host.as_deref(), address.port), (host, port));
+            assert_eq!(address.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn errors_name_what_is_wrong() {
+        for (line, part) in [
+            ("-frobnicate", "unknown flag -frobnicate"),
+            ("--frobnicate=1", "unknown flag -frobnicate"),
+            ("serve", "unexpected argument \"serve\""),
+            ("-listen", "-listen"),
+            ("-listen 41194", "-listen 41194: has no port"),
+            ("-listen ::1", "-listen ::1: an IPv6 address needs brackets"),
+            ("-listen ::1:41194", "needs brackets"),
+            ("-listen [localhost]:1", "is not an IPv6 address"),
+            ("-listen host:http", "the port is not a number"),
+            ("-listen :65536", "the port is not a number"),
+            ("-max-connections 0", "-max-connections: must be at least 1"),
+            ("-max-connections many", "-max-connections many: "),
+        ] {
+            let error = parse_words(line).expect_err(line);
+            assert!(error.contains(part), "{line}: {error}");
+            assert!(!error.contains('\n') && !error.contains("--"), "{line}: {error}");
+        }
+    }
+}

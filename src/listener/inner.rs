@@ -1,0 +1,121 @@
+//! The way from the front door to tiny_http: a private Unix socket and the connections to it.
+
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::unistd::mkdtemp;
+
+/// No handler takes this long: a wait beyond it is a defect, not a slow backend.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Connections kept for the next request once the rush is over.
+const KEPT: usize = 4;
+
+/// A directory of mode 0700 that holds the inner socket; removed when dropped.
+pub struct Inner {
+    directory: PathBuf,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    streams: Vec<UnixStream>,
+    /// Fewest streams that were idle at one time since the last [`Inner::trim`]: nobody needed
+    /// these.
+    unused: usize,
+}
+
+impl Inner {
+    /// Makes the directory below `parent` and listens in it.
+    pub fn open(parent: &Path) -> io::Result<(Self, UnixListener)> {
+        let directory = mkdtemp(&parent.join("vpn-daemon.XXXXXX"))?;
+        let inner = Self { directory, idle: Mutex::default() };
+        let listener = UnixListener::bind(inner.socket())?;
+        Ok((inner, listener))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join("http.sock")
+    }
+
+    /// A connection without a request under way.
+    pub(super) fn take(&self) -> io::Result<UnixStream> {
+        let idle = {
+            let mut idle = self.idle();
+            let stream = idle.streams.pop();
+            idle.unused = idle.unused.min(idle.streams.len());
+            stream
+        };
+        if let Some(stream) = idle {
+            return Ok(stream);
+        }
+        let stream = UnixStream::connect(self.socket())?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    }
+
+    /// Takes back a connection whose answer has been read to its last byte.
+    pub(super) fn give_back(&self, stream: UnixStream) {
+        self.idle().streams.push(stream);
+    }
+
+    /// Closes all but a few of the connections that nobody has needed since the last call.
+    pub(super) fn trim(&self) {
+        let mut idle = self.idle();
+        let kept = idle.streams.len() - idle.unused.saturating_sub(KEPT).min(idle.streams.len());
+        let surplus = idle.streams.split_off(kept);
+        idle.unused = kept;
+        drop(idle);
+        drop(surplus);
+    }
+
+    /// Removes the directory: nobody connects any more.
+    pub(super) fn remove(&self) {
+        // At the end of the process there is nobody left to tell of an error.
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn nobody_else_gets_in_and_nothing_stays() {
+        let (inner, _listener) = Inner::open(&std::env::temp_dir()).unwrap();
+        let directory = inner.directory.clone();
+        assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o7777, 0o700);
+        drop(inner);
+        assert!(!directory.exists());
+    }
+
+    #[test]
+    fn what_nobody_needed_is_closed() {
+        let (inner, _listener) = Inner::open(&std::env::temp_dir()).unwrap();
+        let streams: Vec<_> = (0..20).map(|_| inner.take().unwrap()).collect();
+        streams.into_iter().for_each(|stream| inner.give_back(stream));
+        inner.trim();
+        assert_eq!(inner.idle().streams.len(), 20, "all were needed a moment ago");
+        let needed: Vec<_> = (0..10).map(|_| inner.take().unwrap()).collect();
+        needed.into_iter().for_each(|stream| inner.give_back(stream));
+        inner.trim();
+        assert_eq!(inner.idle().streams.len(), 10 + KEPT);
+        inner.trim();
+        assert_eq!(inner.idle().streams.len(), KEPT);
+    }
+}

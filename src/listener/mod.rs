@@ -1,0 +1,295 @@
+//! The front door: accepts connections, gives each a place and a thread of its own.
+
+mod inner;
+mod relay;
+mod table;
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, warn};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn6, bind, listen, setsockopt, socket,
+    sockopt,
+};
+
+pub use inner::Inner;
+use relay::{Client, Stream};
+use table::{Place, Table};
+
+use crate::cli::ListenAddress;
+use crate::tls::{ClientName, Refusal, Throttle, Tls};
+
+/// For a TLS handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
+/// For requests under way when the daemon stops.
+const STOP_TIME: Duration = Duration::from_secs(4);
+/// Waiting connections closed at once when the process is out of descriptors or memory.
+const SHED: usize = 16;
+/// Rust's default of 2 MiB would only be address space; TLS needs a fraction of this.
+const STACK: usize = 512 * 1024;
+
+/// Why the daemon cannot listen.
+#[derive(Debug)]
+pub struct BindError {
+    address: ListenAddress,
+    error: io::Error,
+}
+
+impl fmt::Display for BindError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot listen on {}: {}", self.address, self.error)
+    }
+}
+
+impl std::error::Error for BindError {}
+
+/// Listens on `address`. Every address of the host is one socket for IPv6 and IPv4, or IPv4
+/// alone where the host has no IPv6.
+pub fn bind_tcp(address: &ListenAddress) -> Result<TcpListener, BindError> {
+    let listener = match &address.host {
+        Some(host) => (host.as_str(), address.port)
+            .to_socket_addrs()
+            .and_then(|addresses| TcpListener::bind(addresses.collect::<Vec<_>>().as_slice())),
+        None => match bind_every_address(address.port) {
+            Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => {
+                TcpListener::bind(("0.0.0.0", address.port))
+            }
+            result => result.map_err(io::Error::from),
+        },
+    };
+    listener.map_err(|error| BindError { address: address.clone(), error })
+}
+
+/// The standard library leaves it to a sysctl whether a socket for `::` also takes IPv4.
+fn bind_every_address(port: u16) -> nix::Result<TcpListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd: OwnedFd = socket(AddressFamily::Inet6, SockType::Stream, flags, None)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
+    let every = std::net::SocketAddrV6::new(std::net::Ipv6Addr::UNSPECIFIED, port, 0, 0);
+    bind(fd.as_raw_fd(), &SockaddrIn6::from(every))?;
+    listen(&fd, Backlog::MAXCONN)?;
+    Ok(fd.into())
+}
+
+/// The accepting thread and what it shares with the connections' threads.
+pub struct FrontDoor {
+    shared: Arc<Shared>,
+    stop: Arc<EventFd>,
+    accepting: thread::JoinHandle<()>,
+}
+
+struct Shared {
+    table: Arc<Table>,
+    inner: Inner,
+    tls: Option<Arc<Tls>>,
+    refusals: Mutex<Throttle>,
+}
+
+impl FrontDoor {
+    /// Serves the connections of `listener`, at most `limit` at a time, by way of `inner`; over
+    /// TLS where there are credentials.
+    ///
+    /// # Errors
+    /// When the process has no descriptors or threads left.
+    pub fn open(
+        listener: TcpListener,
+        limit: usize,
+        inner: Inner,
+        tls: Option<Arc<Tls>>,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let (table, refusals) = (Table::new(limit), Mutex::default());
+        let shared = Arc::new(Shared { table, inner, tls, refusals });
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+        let watched = Arc::clone(&shared);
+        spawn("deadlines", move || {
+            watched.table.watch_deadlines(|| watched.inner.trim());
+        })?;
+        let (accepting, ended) = (Arc::clone(&shared), Arc::clone(&stop));
+        let accepting = spawn("accept", move || accept_loop(&listener, &accepting, &ended))?;
+        Ok(Self { shared, stop, accepting })
+    }
+
+    /// Stops accepting, answers what is under way (for at most 4 s) and closes the rest.
+    pub fn close(self) {
+        self.shared.table.begin_stop();
+        if self.stop.write(1).is_ok() {
+            // The listening socket is closed with the thread.
+            let _ = self.accepting.join();
+        }
+        self.shared.table.wait_until_empty(STOP_TIME);
+        self.shared.inner.remove();
+    }
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<thread::JoinHandle<T>> {
+    thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(work)
+}
+
+fn accept_loop(listener: &TcpListener, shared: &Arc<Shared>, stop: &EventFd) {
+    loop {
+        match listener.accept() {
+            Ok((stream, address)) => admit(stream, address, shared),
+            Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                Errno::EAGAIN => {
+                    let mut ready = [
+                        PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+                        PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+                    ];
+                    // EINTR and the like: accept says what is the matter.
+                    let _ = poll(&mut ready, PollTimeout::NONE);
+                    let [_, stopped] = &ready;
+                    if stopped.any() == Some(true) {
+                        return;
+                    }
+                }
+                Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => {
+                    let shed = shared.table.shed(SHED);
+                    shared.inner.trim();
+                    warn!("cannot accept a connection: {error}; closed {shed} that were waiting");
+                    thread::sleep(Duration::from_millis(20));
+                }
+                // The client has given up already, or the network told of an error (accept(2)).
+                _ => {}
+            },
+        }
+    }
+}
+
+fn admit(stream: TcpStream, address: SocketAddr, shared: &Arc<Shared>) {
+    // Accepted sockets do not inherit O_NONBLOCK on Linux. Without TCP_NODELAY an answer in two
+    // writes waits for the client's acknowledgement; an error means that the client has gone.
+    let _ = stream.set_nodelay(true);
+    let stream = Arc::new(stream);
+    let place = shared.table.admit(Arc::clone(&stream), Instant::now() + HANDSHAKE_TIME);
+    let connection = Arc::clone(shared);
+    let work = move || serve(&stream, address, &place, &connection);
+    if let Err(error) = spawn("connection", work) {
+        shared.table.shed(SHED);
+        error!("no thread for a connection: {error}");
+    }
+}
+
+fn serve(socket: &Arc<TcpStream>, address: SocketAddr, place: &Place, shared: &Shared) {
+    let plain = Plain(Arc::clone(socket));
+    let address = canonical(address).to_string();
+    let Some(tls) = &shared.tls else {
+        let client = Client { address, name: None };
+        return relay::serve(plain, place, &shared.inner, &client);
+    };
+    let started = Instant::now();
+    match shake_hands(tls, plain) {
+        Ok(stream) => {
+            let certificate = stream.0.conn.peer_certificates().and_then(|chain| chain.first());
+            let name = certificate.and_then(ClientName::of).map(|name| name.to_string());
+            relay::serve(stream, place, &shared.inner, &Client { address, name });
+        }
+        // The socket was shut down under the handshake, which looks like a client that left.
+        Err(_) if started.elapsed() >= HANDSHAKE_TIME => {
+            shared.log_refusal(&address, &io::ErrorKind::TimedOut.into());
+        }
+        Err(error) => shared.log_refusal(&address, &error),
+    }
+}
+
+fn shake_hands(tls: &Tls, socket: Plain) -> io::Result<Tunnel> {
+    let mut tunnel = Tunnel(rustls::StreamOwned::new(
+        rustls::ServerConnection::new(tls.config()).map_err(io::Error::other)?,
+        socket,
+    ));
+    let rustls::StreamOwned { conn, sock } = &mut tunnel.0;
+    while conn.is_handshaking() {
+        if let Err(error) = conn.complete_io(sock) {
+            // The alert that says why is sent already; what the client sends meanwhile must not
+            // reset the connection before it is read.
+            relay::farewell(sock);
+            return Err(error);
+        }
+    }
+    Ok(tunnel)
+}
+
+impl Shared {
+    fn log_refusal(&self, address: &str, error: &io::Error) {
+        let refusal = Refusal::from(error);
+        let mut throttle = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        match throttle.admit(refusal.reason, Instant::now()) {
+            None => {}
+            Some(0) => warn!("refused handshake of {address}: {refusal}"),
+            Some(more) => {
+                warn!("refused handshake of {address}: {refusal}; {more} more for that reason");
+            }
+        }
+    }
+}
+
+/// An IPv4 client on a socket for both families shows as `::ffff:192.0.2.1`.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+struct Plain(Arc<TcpStream>);
+
+impl io::Read for Plain {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.as_ref().read(buffer)
+    }
+}
+
+impl io::Write for Plain {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.0.as_ref().write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for Plain {
+    fn finish(&mut self) {
+        // An error means that the client was faster.
+        let _ = self.0.shutdown(std::net::Shutdown::Write);
+    }
+}
+
+/// A TLS connection after its handshake.
+struct Tunnel(rustls::StreamOwned<rustls::ServerConnection, Plain>);
+
+impl io::Read for Tunnel {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl io::Write for Tunnel {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.0.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Stream for Tunnel {
+    fn finish(&mut self) {
+        self.0.conn.send_close_notify();
+        // An error means that the client was faster.
+        let _ = io::Write::flush(&mut self.0);
+        self.0.sock.finish();
+    }
+}

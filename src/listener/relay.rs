@@ -1,0 +1,315 @@
+//! One connection: reads a request, passes it to tiny_http once it is known to be harmless, and
+//! gives the answer back.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use log::error;
+
+use super::inner::Inner;
+use super::table::{Phase, Place};
+use crate::api::error_body;
+use crate::head::{self, Checker, Head, Verdict};
+
+/// From the first byte of a head to its end.
+const HEAD_TIME: Duration = Duration::from_secs(10);
+/// From the end of the head to the end of the body.
+const BODY_TIME: Duration = Duration::from_secs(20);
+/// Without a byte, before and between requests.
+const IDLE_TIME: Duration = Duration::from_secs(60);
+/// From the end of the request until the client has taken the whole answer: 3 s for the daemon,
+/// 20 s for the client.
+const ANSWER_TIME: Duration = Duration::from_secs(23);
+/// For a client that was refused to read why, before the connection is cut.
+const FAREWELL_TIME: Duration = Duration::from_secs(2);
+
+/// A body up to this size is complete before tiny_http sees its request, so that a client that
+/// sends slowly occupies nothing but its own connection.
+const WHOLE_BODY: u64 = head::MAX_FORM;
+
+/// tiny_http's answers have a head of a few lines.
+const MAX_ANSWER_HEAD: usize = 8 * 1024;
+
+const PIECE: usize = 16 * 1024;
+
+/// A connection to a client, plain or TLS.
+pub(super) trait Stream: Read + Write {
+    /// Tells the client that nothing more comes. Reading goes on.
+    fn finish(&mut self);
+}
+
+/// Who is at the other end.
+pub(super) struct Client {
+    /// Address and port.
+    pub(super) address: String,
+    /// Common name of the client's certificate.
+    pub(super) name: Option<String>,
+}
+
+/// Answers the requests of one client until the connection ends.
+pub(super) fn serve(mut stream: impl Stream, place: &Place, inner: &Inner, client: &Client) {
+    let mut relay = Relay { stream: &mut stream, place, inner, client, buffer: Vec::new() };
+    // An error means that the client has gone, was too slow or lost its place to another.
+    let _ = relay.run();
+}
+
+struct Relay<'a, S> {
+    stream: &'a mut S,
+    place: &'a Place,
+    inner: &'a Inner,
+    client: &'a Client,
+    /// What the client has sent and no request has taken yet.
+    buffer: Vec<u8>,
+}
+
+impl<S: Stream> Relay<'_, S> {
+    fn run(&mut self) -> io::Result<()> {
+        let mut waiting = Phase::Arriving;
+        loop {
+            if self.buffer.is_empty() {
+                self.enter(waiting, IDLE_TIME)?;
+                if self.receive(PIECE)? == 0 {
+                    return Ok(());
+                }
+            }
+            let head = match self.read_head()? {
+                Ok(head) => head,
+                Err(refusal) => return self.refuse(refusal.status, refusal.reason),
+            };
+            self.read_whole_body(&head)?;
+            if self.place.over_limit {
+                return self.refuse(503, "the connection limit is reached; try again");
+            }
+            if !self.answer(&head)? {
+                self.stream.finish();
+                return Ok(());
+            }
+            waiting = Phase::Idle;
+        }
+    }
+
+    fn enter(&self, phase: Phase, time: Duration) -> io::Result<()> {
+        match self.place.enter(phase, Instant::now() + time) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::ConnectionAborted.into()),
+        }
+    }
+
+    /// Appends what has arrived, at most `limit` bytes, to the buffer; 0 at the end of the stream.
+    fn receive(&mut self, limit: usize) -> io::Result<usize> {
+        let start = self.buffer.len();
+        self.buffer.resize(start + limit.min(PIECE), 0);
+        let result = loop {
+            match self.stream.read(self.buffer.get_mut(start..).unwrap_or_default()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result,
+            }
+        };
+        self.buffer.truncate(start + *result.as_ref().unwrap_or(&0));
+        result
+    }
+
+    fn read_head(&mut self) -> io::Result<Result<Head, head::Refusal>> {
+        let mut checker = Checker::default();
+        let mut arriving = false;
+        loop {
+            match checker.check(&self.buffer) {
+                Verdict::Complete(head) => return Ok(Ok(head)),
+                Verdict::Refused(refusal) => return Ok(Err(refusal)),
+                Verdict::Incomplete if !arriving => {
+                    self.enter(Phase::Arriving, HEAD_TIME)?;
+                    arriving = true;
+                }
+                Verdict::Incomplete => {}
+            }
+            if self.receive(PIECE)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+
+    /// Reads the body, or the beginning of a long one, into the buffer behind the head.
+    fn read_whole_body(&mut self, head: &Head) -> io::Result<()> {
+        let wanted = head.length + usize_of(head.content_length.min(WHOLE_BODY));
+        if self.buffer.len() >= wanted {
+            return Ok(());
+        }
+        self.enter(Phase::Arriving, BODY_TIME)?;
+        if head.expect_continue {
+            self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+            self.stream.flush()?;
+        }
+        while self.buffer.len() < wanted {
+            if self.receive(wanted - self.buffer.len())? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes the request on and the answer back. Whether the connection is kept.
+    fn answer(&mut self, head: &Head) -> io::Result<bool> {
+        let body_length = usize_of(head.content_length);
+        let available = body_length.min(self.buffer.len() - head.length);
+        let mut request = head.rewritten(&[
+            (head::CLIENT_ADDRESS, &self.client.address),
+            (head::CLIENT_NAME, self.client.name.as_deref().unwrap_or_default()),
+        ]);
+        let body = self.buffer.drain(..head.length + available).skip(head.length);
+        request.extend(body);
+        if available == body_length {
+            self.enter(Phase::UnderWay, ANSWER_TIME)?;
+        }
+        let mut inner = match self.inner.take() {
+            Ok(inner) => inner,
+            Err(error) => {
+                error!("no connection to the HTTP server: {error}");
+                self.refuse(503, "the daemon has run out of resources; try again")?;
+                return Ok(false);
+            }
+        };
+        inner.write_all(&request)?;
+        drop(request);
+        if available < body_length {
+            self.stream_body(&mut inner, body_length - available)?;
+            self.enter(Phase::UnderWay, ANSWER_TIME)?;
+        }
+        let keep = head.keep_alive && !self.place.is_stopping();
+        let mut answer = match read_answer_head(&mut inner) {
+            Ok(answer) => answer,
+            Err(error) => {
+                error!("the HTTP server gave no answer: {error}");
+                self.refuse(500, "internal error; see the log of the daemon")?;
+                return Ok(false);
+            }
+        };
+        let mut left = answer.body_length(head);
+        let outer_head = answer.outer_head(head, keep);
+        let mut piece = outer_head;
+        piece.append(&mut answer.body_start);
+        left = left.saturating_sub(answer.body_start_length);
+        self.stream.write_all(&piece)?;
+        while left > 0 {
+            piece.resize(left.min(4 * PIECE), 0);
+            let count = inner.read(&mut piece)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.stream.write_all(piece.get(..count).unwrap_or_default())?;
+            left -= count;
+        }
+        self.stream.flush()?;
+        self.inner.give_back(inner);
+        Ok(keep)
+    }
+
+    fn stream_body(&mut self, inner: &mut UnixStream, mut left: usize) -> io::Result<()> {
+        self.enter(Phase::Arriving, BODY_TIME)?;
+        let mut piece = vec![0; 4 * PIECE];
+        while left > 0 {
+            let limit = left.min(piece.len());
+            let count = self.stream.read(piece.get_mut(..limit).unwrap_or_default())?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            inner.write_all(piece.get(..count).unwrap_or_default())?;
+            left -= count;
+        }
+        Ok(())
+    }
+
+    /// Answers with an error and ends the connection; what else the client sends is thrown away.
+    fn refuse(&mut self, status: u16, sentence: &str) -> io::Result<()> {
+        let body = error_body(sentence);
+        let reason = tiny_http::StatusCode(status).default_reason_phrase();
+        self.enter(Phase::Arriving, FAREWELL_TIME)?;
+        write!(
+            self.stream,
+            "HTTP/1.1 {status} {reason}\r\nServer: vpn-daemon\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\
+             Connection: close\r\n\r\n{body}",
+            body.len()
+        )?;
+        self.stream.flush()?;
+        farewell(self.stream);
+        Ok(())
+    }
+}
+
+/// Closing a socket with unread bytes resets it, and the client may lose what it was told: reads
+/// on until the client closes or its place in the table is taken back.
+pub(super) fn farewell(stream: &mut impl Stream) {
+    stream.finish();
+    let mut piece = [0; 4096];
+    while matches!(stream.read(&mut piece), Ok(count) if count > 0) {}
+}
+
+/// The head of an answer from tiny_http, and what came with it of the body.
+struct AnswerHead {
+    text: String,
+    body_start: Vec<u8>,
+    body_start_length: usize,
+}
+
+fn read_answer_head(inner: &mut UnixStream) -> io::Result<AnswerHead> {
+    let mut bytes = Vec::with_capacity(1024);
+    let mut piece = [0; 4096];
+    loop {
+        let count = inner.read(&mut piece)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let searched = bytes.len().saturating_sub(3);
+        bytes.extend_from_slice(piece.get(..count).unwrap_or_default());
+        let end = bytes.windows(4).skip(searched).position(|window| window == b"\r\n\r\n");
+        if let Some(end) = end {
+            let body_start = bytes.split_off(searched + end + 4);
+            bytes.truncate(searched + end + 2);
+            let text = String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+            let body_start_length = body_start.len();
+            return Ok(AnswerHead { text, body_start, body_start_length });
+        }
+        if bytes.len() > MAX_ANSWER_HEAD {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+}
+
+impl AnswerHead {
+    fn has_no_content(&self) -> bool {
+        self.text.get(9..12) == Some("204")
+    }
+
+    /// Bytes of the body that follow. The handlers always give a length.
+    fn body_length(&self, head: &Head) -> usize {
+        if head.is_head || self.has_no_content() {
+            return 0;
+        }
+        let length = self.text.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+        length.and_then(|length| length.parse().ok()).unwrap_or(0)
+    }
+
+    /// The head as the client gets it: 204 has no length (RFC 9110, 8.6), and what becomes of
+    /// the connection is said where the client would not expect it.
+    fn outer_head(&self, head: &Head, keep: bool) -> Vec<u8> {
+        let mut outer = String::with_capacity(self.text.len() + 32);
+        for line in self.text.split_inclusive("\r\n") {
+            if !(self.has_no_content() && line.starts_with("Content-Length:")) {
+                outer.push_str(line);
+            }
+        }
+        match (keep, head.http10) {
+            (false, _) => outer.push_str("Connection: close\r\n"),
+            (true, true) => outer.push_str("Connection: keep-alive\r\n"),
+            (true, false) => {}
+        }
+        outer.push_str("\r\n");
+        outer.into_bytes()
+    }
+}
+
+fn usize_of(length: u64) -> usize {
+    // The front door lets at most 32 MiB through.
+    usize::try_from(length).unwrap_or(usize::MAX)
+}

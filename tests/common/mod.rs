@@ -1,0 +1,243 @@
+//! Starts the real daemon, speaks HTTP to it, and cleans up behind a test.
+#![allow(dead_code, unreachable_pub)] // each test target uses its part
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::print_stderr)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// What nothing in a test takes on the slowest machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A directory of the test's own, removed when dropped.
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    pub fn new(purpose: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vd-{purpose}-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The lines that the daemon has logged.
+#[derive(Default)]
+struct Log {
+    lines: Mutex<(Vec<String>, bool)>,
+    changed: Condvar,
+}
+
+/// A running daemon on a port of its own; killed when dropped.
+pub struct Daemon {
+    child: Child,
+    pub address: SocketAddr,
+    log: Arc<Log>,
+    directory: TempDir,
+}
+
+impl Daemon {
+    /// With an empty OpenVPN directory and a device that does not exist, unless `arguments` say
+    /// otherwise.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_with(arguments, |_| {})
+    }
+
+    /// `prepare` may change the command, its environment above all.
+    pub fn start_with(arguments: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
+        let directory = TempDir::new("daemon");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"));
+        command.args(["-listen", "127.0.0.1:0", "-wg-device", "vd-none", "-openvpn-dir"]);
+        command.arg(directory.path().join("openvpn")).args(arguments);
+        command.env_remove("CREDENTIALS_DIRECTORY").env_remove("RUST_LOG");
+        command.env("RUNTIME_DIRECTORY", directory.path());
+        prepare(&mut command);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Log::default());
+        let (stderr, kept) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                kept.lines.lock().unwrap().0.push(line);
+                kept.changed.notify_all();
+            }
+            kept.lines.lock().unwrap().1 = true;
+            kept.changed.notify_all();
+        });
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut daemon = Self { child, address, log, directory };
+        let line = daemon.wait_for_log("listening on http");
+        let address = line.rsplit("//").next().unwrap();
+        daemon.address = address.parse().unwrap();
+        daemon
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its private directory, with the inner socket's below.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The first line with this text; waits for it.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        let end = Instant::now() + PATIENCE;
+        let mut lines = self.log.lines.lock().unwrap();
+        loop {
+            if let Some(line) = lines.0.iter().find(|line| line.contains(text)) {
+                return line.clone();
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!lines.1 && !left.is_zero(), "no log line with {text:?} in {:#?}", lines.0);
+            lines = self.log.changed.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    pub fn log(&self) -> Vec<String> {
+        self.log.lines.lock().unwrap().0.clone()
+    }
+
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status();
+        assert!(status.unwrap().success());
+    }
+
+    /// Waits for the end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => return status,
+                None if Instant::now() < end => std::thread::sleep(Duration::from_millis(10)),
+                None => panic!("the daemon does not end"),
+            }
+        }
+    }
+
+    /// A number of `/proc/PID/status`, e.g. `VmRSS` in KiB or `Threads`.
+    pub fn status(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(&format!("{field}:")));
+        line.unwrap().split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    pub fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    pub fn connect(&self) -> TcpStream {
+        connect(self.address)
+    }
+
+    pub fn get(&self, target: &str) -> Answer {
+        self.call("GET", target, &[], b"")
+    }
+
+    /// The portal's way: a form on a connection of its own.
+    pub fn post(&self, target: &str, parameters: &[(&str, &str)]) -> Answer {
+        let mut form = form_urlencoded::Serializer::new(String::new());
+        let form = form.extend_pairs(parameters).finish();
+        let headers = ["Content-Type: application/x-www-form-urlencoded"];
+        self.call("POST", target, &headers, form.as_bytes())
+    }
+
+    /// Any request, with `Content-Length` where there is a body or the method is POST.
+    pub fn call(&self, method: &str, target: &str, headers: &[&str], body: &[u8]) -> Answer {
+        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: node\r\n");
+        for header in headers {
+            request += &format!("{header}\r\n");
+        }
+        if method == "POST" || !body.is_empty() {
+            request += &format!("Content-Length: {}\r\n", body.len());
+        }
+        request += "Connection: close\r\n\r\n";
+        let mut stream = self.connect();
+        stream.write_all(&[request.as_bytes(), body].concat()).unwrap();
+        let answer = Answer::read(&mut stream, method == "HEAD").unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection ends after the answer");
+        answer
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the daemon's log:\n{}", self.log().join("\n"));
+        }
+    }
+}
+
+pub fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect_timeout(&address, PATIENCE).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// An HTTP answer, read to its end and no further.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn read(stream: &mut impl Read, is_head: bool) -> std::io::Result<Self> {
+        let mut head = Vec::new();
+        let mut byte = [0];
+        while !head.ends_with(b"\r\n\r\n") {
+            stream.read_exact(&mut byte)?;
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8(head).unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let mut answer = Self { status, head, body: String::new() };
+        assert_eq!(answer.header("Transfer-Encoding"), None);
+        let length = answer.header("Content-Length").map(|value| value.parse().unwrap());
+        if !is_head && status != 204 && status >= 200 {
+            let mut body = vec![0; length.expect("a length")];
+            stream.read_exact(&mut body)?;
+            answer.body = String::from_utf8(body).unwrap();
+        }
+        Ok(answer)
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| {
+            let (field, value) = line.split_once(": ")?;
+            field.eq_ignore_ascii_case(name).then_some(value)
+        })
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    /// The sentence of an answer that reports a failure.
+    pub fn error(&self) -> String {
+        assert!(self.status >= 400, "{self:?}");
+        assert_eq!(self.header("Content-Type"), Some("application/json"));
+        self.json()["error"].as_str().unwrap().to_owned()
+    }
+}
