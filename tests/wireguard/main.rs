@@ -7,6 +7,8 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod cases;
+#[path = "../common/mod.rs"]
+mod common;
 mod devices;
 mod guest;
 mod kernel;
