@@ -64,10 +64,9 @@ impl fmt::Display for Error {
                  name a WireGuard device with -wg-device",
                 super::userspace::socket_path(device).display()
             ),
-            Self::Timeout(device) => write!(
-                f,
-                "WireGuard device {device} did not answer in time: try again"
-            ),
+            Self::Timeout(device) => {
+                write!(f, "WireGuard device {device} did not answer in time: try again")
+            }
             Self::Disturbed(device) => write!(
                 f,
                 "WireGuard device {device} could not be read: another program keeps changing it; try again"
@@ -106,11 +105,7 @@ impl fmt::Display for Error {
                 }
             }
             Self::SocketTimeout(path) => {
-                write!(
-                    f,
-                    "WireGuard socket {} did not answer in time: try again",
-                    path.display()
-                )
+                write!(f, "WireGuard socket {} did not answer in time: try again", path.display())
             }
             Self::Refused(path, errno) => write!(
                 f,

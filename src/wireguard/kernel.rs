@@ -88,16 +88,10 @@ impl Kernel<'_> {
         let witness = Witness::open(self.deadline).map_err(|errno| self.error(errno))?;
         let mut socket = self.connect()?;
         let interface = DeviceInterface::from_name(self.device.as_str());
-        witness
-            .begin(self.device)
-            .map_err(|errno| self.error(errno))?;
+        witness.begin(self.device).map_err(|errno| self.error(errno))?;
         let dump = catch_unwind(AssertUnwindSafe(|| socket.get_device(interface)));
         let first = witness.page().map_err(|errno| self.error(errno))?;
-        let second = if first.last {
-            Ok(Page::default())
-        } else {
-            witness.page()
-        };
+        let second = if first.last { Ok(Page::default()) } else { witness.page() };
         let second = second.map_err(|errno| self.error(errno))?;
         if second.interrupted {
             return Ok(None);

@@ -59,10 +59,7 @@ enum Change<'a> {
 impl WireGuard {
     /// The device of that name. Nothing is opened yet: it may come and go while the daemon runs.
     pub fn new(device: DeviceName) -> Self {
-        Self {
-            device,
-            turns: Arc::default(),
-        }
+        Self { device, turns: Arc::default() }
     }
 
     /// Name of the device.
@@ -85,19 +82,14 @@ impl WireGuard {
         deadline: Instant,
     ) -> Result<(), Error> {
         let (key, allowed_ips) = (*key, allowed_ips.to_vec());
-        self.run(deadline, move |backend| {
-            backend.apply(&[Change::Set(&key, &allowed_ips)])
-        })
+        self.run(deadline, move |backend| backend.apply(&[Change::Set(&key, &allowed_ips)]))
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
     pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
         let key = *key;
         self.run(deadline, move |backend| {
-            let peer = backend
-                .peers()?
-                .into_iter()
-                .find(|peer| peer.public_key == key);
+            let peer = backend.peers()?.into_iter().find(|peer| peer.public_key == key);
             if peer.is_some() {
                 backend.apply(&[Change::Remove(&key)])?;
             }
@@ -117,34 +109,24 @@ impl WireGuard {
         let turn = self.turns.take(deadline).ok_or_else(timeout)?;
         let (sender, receiver) = mpsc::sync_channel(1);
         let device = self.device.clone();
-        let thread = thread::Builder::new()
-            .name(THREAD_NAME.to_owned())
-            .spawn(move || {
-                // A receive that a signal interrupts makes the crate return half a dump as whole.
-                let _ = SigSet::all().thread_block();
-                let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
-                let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
-                    .unwrap_or_else(|_| {
-                        Err(Error::Internal(
-                            device.clone(),
-                            "the operation panicked".to_owned(),
-                        ))
-                    });
-                drop(turn);
-                if sender.send(result).is_err() {
-                    log::warn!("WireGuard device {device} answered after its time-out");
-                }
-            });
+        let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(move || {
+            // A receive that a signal interrupts makes the crate return half a dump as whole.
+            let _ = SigSet::all().thread_block();
+            let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
+            let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
+                .unwrap_or_else(|_| {
+                    Err(Error::Internal(device.clone(), "the operation panicked".to_owned()))
+                });
+            drop(turn);
+            if sender.send(result).is_err() {
+                log::warn!("WireGuard device {device} answered after its time-out");
+            }
+        });
         thread.map_err(|error| {
-            Error::Internal(
-                self.device.clone(),
-                format!("cannot start a thread: {error}"),
-            )
+            Error::Internal(self.device.clone(), format!("cannot start a thread: {error}"))
         })?;
         let left = deadline.saturating_duration_since(Instant::now());
-        receiver
-            .recv_timeout(left)
-            .unwrap_or_else(|_| Err(timeout()))
+        receiver.recv_timeout(left).unwrap_or_else(|_| Err(timeout()))
     }
 }
 
@@ -200,39 +182,23 @@ mod tests {
         use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
         let sentence = |device: &str, errno, socket| {
             let error = neither(&device.parse().unwrap(), errno, socket);
-            error.map_or_else(
-                || "that of the socket".to_owned(),
-                |error| error.to_string(),
-            )
+            error.map_or_else(|| "that of the socket".to_owned(), |error| error.to_string())
         };
         for (device, errno, socket, expected) in [
             ("no-such-device", Errno::ENODEV, NotFound, "does not exist"),
             ("no-such-device", Errno::ENOENT, NotFound, "does not exist"),
             ("no-such-device", Errno::EPERM, NotFound, "does not exist"),
-            (
-                "no-such-device",
-                Errno::EPERM,
-                PermissionDenied,
-                "does not exist",
-            ),
+            ("no-such-device", Errno::EPERM, PermissionDenied, "does not exist"),
             ("lo", Errno::ENODEV, NotFound, "does not exist"),
             ("lo", Errno::ENOENT, NotFound, "not a WireGuard device"),
             ("lo", Errno::EOPNOTSUPP, NotFound, "not a WireGuard device"),
             ("lo", Errno::EPERM, NotFound, "CAP_NET_ADMIN"),
             ("lo", Errno::EPERM, PermissionDenied, "CAP_NET_ADMIN"),
-            (
-                "lo",
-                Errno::EOPNOTSUPP,
-                PermissionDenied,
-                "that of the socket",
-            ),
+            ("lo", Errno::EOPNOTSUPP, PermissionDenied, "that of the socket"),
             ("lo", Errno::EPERM, ConnectionRefused, "that of the socket"),
         ] {
             let sentence = sentence(device, errno, socket);
-            assert!(
-                sentence.contains(expected),
-                "{device} {errno} {socket}: {sentence}"
-            );
+            assert!(sentence.contains(expected), "{device} {errno} {socket}: {sentence}");
         }
     }
 

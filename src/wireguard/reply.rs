@@ -34,30 +34,19 @@ struct Lines<R> {
 
 impl<R: BufRead> Lines<R> {
     fn new(reader: R) -> Self {
-        Self {
-            reader,
-            read: 0,
-            inserted: vec!["listen_port=0"],
-            own_key: None,
-            has_status: false,
-        }
+        Self { reader, read: 0, inserted: vec!["listen_port=0"], own_key: None, has_status: false }
     }
 
     fn read_line(&mut self) -> io::Result<String> {
         let mut line = Vec::new();
-        let length = (&mut self.reader)
-            .take(LINE_LIMIT)
-            .read_until(b'\n', &mut line)?;
+        let length = (&mut self.reader).take(LINE_LIMIT).read_until(b'\n', &mut line)?;
         self.read += u64::try_from(length).unwrap_or(u64::MAX);
         let bad = |what| io::Error::new(io::ErrorKind::InvalidData, what);
         match line.pop() {
             Some(b'\n') if self.read > REPLY_LIMIT => Err(bad("its answer is too long")),
             Some(b'\n') => String::from_utf8(line).map_err(|_| bad("its answer is not text")),
             _ if length as u64 == LINE_LIMIT => Err(bad("its answer has a line that is too long")),
-            _ => Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "its answer ends early",
-            )),
+            _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "its answer ends early")),
         }
     }
 
@@ -122,30 +111,19 @@ pub(super) fn parse_device(
     let mut lines = Lines::new(reader);
     let device = parse(&mut lines)?;
     let malformed = || {
-        let error = io::Error::new(
-            io::ErrorKind::InvalidData,
-            "it has an impossible allowed IP",
-        );
+        let error = io::Error::new(io::ErrorKind::InvalidData, "it has an impossible allowed IP");
         ParseGetResponseError::ReadLineIoError(error)
     };
     let peers = device.peers.into_iter().map(Peer::from_crate);
     let mut peers = peers.collect::<Option<Vec<_>>>().ok_or_else(malformed)?;
     if lines.own_key.is_some() {
         // boringtun tells how long ago the handshake was, not when.
-        for time in peers
-            .iter_mut()
-            .filter_map(|peer| peer.last_handshake.as_mut())
-        {
-            let age = time
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .unwrap_or_default();
+        for time in peers.iter_mut().filter_map(|peer| peer.last_handshake.as_mut()) {
+            let age = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             *time = now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
         }
     }
-    Ok(Device {
-        own_key: lines.own_key,
-        peers,
-    })
+    Ok(Device { own_key: lines.own_key, peers })
 }
 
 /// Parses the answer to `set=1`.
@@ -166,19 +144,12 @@ mod tests {
     ];
 
     fn parse_text(text: &str) -> Result<Device, ParseGetResponseError> {
-        parse_device(
-            text.as_bytes(),
-            SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
-        )
+        parse_device(text.as_bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000))
     }
 
     fn seconds(peer: &Peer) -> Option<u64> {
         let time = peer.last_handshake?;
-        Some(
-            time.duration_since(SystemTime::UNIX_EPOCH)
-                .unwrap()
-                .as_secs(),
-        )
+        Some(time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs())
     }
 
     #[test]
@@ -204,19 +175,9 @@ mod tests {
             device.peers.iter().map(seconds).collect::<Vec<_>>(),
             [Some(1_600_000_000), None, None]
         );
-        assert_eq!(
-            (device.peers[0].rx_bytes, device.peers[0].tx_bytes),
-            (2224, 38333)
-        );
-        assert_eq!(
-            (device.peers[1].rx_bytes, device.peers[1].allowed_ips.len()),
-            (u64::MAX, 0)
-        );
-        let ips: Vec<_> = device.peers[0]
-            .allowed_ips
-            .iter()
-            .map(ToString::to_string)
-            .collect();
+        assert_eq!((device.peers[0].rx_bytes, device.peers[0].tx_bytes), (2224, 38333));
+        assert_eq!((device.peers[1].rx_bytes, device.peers[1].allowed_ips.len()), (u64::MAX, 0));
+        let ips: Vec<_> = device.peers[0].allowed_ips.iter().map(ToString::to_string).collect();
         assert_eq!(ips, ["192.168.4.4/32", "fd00::/64"]);
     }
 
@@ -293,12 +254,7 @@ mod tests {
 
     #[test]
     fn floods_end() {
-        let error = parse_device(BufReader::new(Flood), SystemTime::now())
-            .err()
-            .unwrap();
-        assert!(
-            matches!(error, ParseGetResponseError::ReadLineIoError(_)),
-            "{error}"
-        );
+        let error = parse_device(BufReader::new(Flood), SystemTime::now()).err().unwrap();
+        assert!(matches!(error, ParseGetResponseError::ReadLineIoError(_)), "{error}");
     }
 }

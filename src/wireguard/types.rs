@@ -65,9 +65,7 @@ impl FromStr for DeviceName {
         }
         let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         if text == "." || text == ".." || text.contains(forbidden) {
-            return Err(ParseError(
-                "must be the name of a network interface, such as wg0",
-            ));
+            return Err(ParseError("must be the name of a network interface, such as wg0"));
         }
         Ok(Self(text.to_owned()))
     }
@@ -98,9 +96,7 @@ impl FromStr for PublicKey {
             .ok()
             .and_then(|bytes| bytes.try_into().ok())
             .map(Self)
-            .ok_or(ParseError(
-                "must be 32 bytes in base64 (44 characters, the last one `=`)",
-            ))
+            .ok_or(ParseError("must be 32 bytes in base64 (44 characters, the last one `=`)"))
     }
 }
 impl fmt::Display for PublicKey {
@@ -129,10 +125,7 @@ impl AllowedIp {
                 Ipv6Addr::from_bits(v6.to_bits() & mask).into()
             }
         };
-        Some(Self {
-            address,
-            prefix_len,
-        })
+        Some(Self { address, prefix_len })
     }
     /// The network address.
     pub fn address(&self) -> &IpAddr {
@@ -155,9 +148,8 @@ impl FromStr for AllowedIp {
             && (prefix_len == "0" || !prefix_len.starts_with('0'));
         let address: IpAddr = address.parse().map_err(|_| MALFORMED)?;
         let prefix_len = prefix_len.parse().ok().filter(|_| plain).ok_or(MALFORMED)?;
-        Self::new(address, prefix_len).ok_or(ParseError(
-            "must have a prefix length of at most 32 (IPv4) or 128 (IPv6)",
-        ))
+        Self::new(address, prefix_len)
+            .ok_or(ParseError("must have a prefix length of at most 32 (IPv4) or 128 (IPv6)"))
     }
 }
 impl fmt::Display for AllowedIp {
@@ -170,10 +162,7 @@ impl Peer {
     /// Takes what is needed from the crate's peer and leaves its preshared key behind;
     /// `None` where an allowed IP is impossible.
     pub(super) fn from_crate(peer: wireguard_uapi::get::Peer) -> Option<Self> {
-        let allowed_ips = peer
-            .allowed_ips
-            .iter()
-            .map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
+        let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
         Some(Self {
             public_key: peer.public_key.into(),
             allowed_ips: allowed_ips.collect::<Option<_>>()?,

@@ -97,11 +97,7 @@ fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
 
 impl<'a> Userspace<'a> {
     pub(super) fn new(device: &'a DeviceName, deadline: Instant) -> Self {
-        Self {
-            device,
-            path: socket_path(device),
-            deadline,
-        }
+        Self { device, path: socket_path(device), deadline }
     }
 
     fn get(&self) -> Result<Device, Error> {
@@ -113,10 +109,7 @@ impl<'a> Userspace<'a> {
         if peers.is_empty() {
             return Ok(());
         }
-        let request = set::Device {
-            peers,
-            ..set::Device::default()
-        };
+        let request = set::Device { peers, ..set::Device::default() };
         let reader = self.exchange(&format!("set=1\n{request}\n"))?;
         parse_status(reader).map_err(|error| self.parse_error(error))
     }
@@ -124,13 +117,8 @@ impl<'a> Userspace<'a> {
     /// Connects, sends a request and gives what the answer is read from.
     fn exchange(&self, request: &str) -> Result<BufReader<Stream>, Error> {
         let stream = self.connect().map_err(|error| self.io_error(error))?;
-        let mut stream = Stream {
-            stream,
-            deadline: self.deadline,
-        };
-        stream
-            .write_all(request.as_bytes())
-            .map_err(|error| self.io_error(error))?;
+        let mut stream = Stream { stream, deadline: self.deadline };
+        stream.write_all(request.as_bytes()).map_err(|error| self.io_error(error))?;
         Ok(BufReader::with_capacity(1 << 16, stream))
     }
 
@@ -183,11 +171,7 @@ struct Stream {
 fn time_left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     // A time-out below a microsecond would mean none.
-    if left < Duration::from_micros(1) {
-        Err(io::ErrorKind::TimedOut.into())
-    } else {
-        Ok(left)
-    }
+    if left < Duration::from_micros(1) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
 impl Stream {
@@ -241,12 +225,7 @@ mod tests {
     fn peers(path: &Path) -> Result<Vec<Peer>, Error> {
         let device = "wg0".parse().unwrap();
         let deadline = Instant::now() + Duration::from_millis(300);
-        Userspace {
-            device: &device,
-            path: path.to_owned(),
-            deadline,
-        }
-        .peers()
+        Userspace { device: &device, path: path.to_owned(), deadline }.peers()
     }
 
     #[test]
@@ -273,11 +252,7 @@ mod tests {
             let result = result.map_or_else(
                 |error| error.to_string(),
                 |peers| {
-                    if peers.is_empty() {
-                        "no peers".to_owned()
-                    } else {
-                        "peers".to_owned()
-                    }
+                    if peers.is_empty() { "no peers".to_owned() } else { "peers".to_owned() }
                 },
             );
             assert!(result.contains(expected), "{answer:?}: {result}");
@@ -300,11 +275,7 @@ mod tests {
         let device = "wg0".parse().unwrap();
         loop {
             let deadline = Instant::now() + Duration::from_millis(50);
-            let userspace = Userspace {
-                device: &device,
-                path: path.clone(),
-                deadline,
-            };
+            let userspace = Userspace { device: &device, path: path.clone(), deadline };
             match userspace.connect() {
                 Ok(stream) => held.push(stream),
                 Err(error) => break assert!(userspace.io_error(error).is_timeout()),

@@ -83,18 +83,9 @@ impl Witness {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkGeneric,
         )?;
-        let mut witness = Self {
-            socket,
-            family: GENL_ID_CTRL,
-            deadline,
-        };
+        let mut witness = Self { socket, family: GENL_ID_CTRL, deadline };
         let name = (CTRL_ATTR_FAMILY_NAME, "wireguard");
-        witness.send(&request(
-            GENL_ID_CTRL,
-            NLM_F_REQUEST,
-            CTRL_CMD_GETFAMILY,
-            name,
-        ))?;
+        witness.send(&request(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name))?;
         witness.family = parse_family(&witness.receive()?)?;
         Ok(witness)
     }
@@ -120,11 +111,7 @@ impl Witness {
         let left = self.deadline.saturating_duration_since(Instant::now());
         // A time-out of zero would mean none.
         let left = i64::try_from(left.as_micros()).unwrap_or(i64::MAX).max(1);
-        setsockopt(
-            &self.socket,
-            sockopt::ReceiveTimeout,
-            &TimeVal::microseconds(left),
-        )?;
+        setsockopt(&self.socket, sockopt::ReceiveTimeout, &TimeVal::microseconds(left))?;
         let mut page = vec![0; PAGE];
         let length = loop {
             // With this flag the length is that of the datagram, were it larger than the buffer.
@@ -223,9 +210,7 @@ fn parse_peer(peer: &[u8]) -> Result<(PublicKey, usize), Errno> {
 }
 
 fn parse_key(bytes: &[u8]) -> Result<PublicKey, Errno> {
-    <[u8; 32]>::try_from(bytes)
-        .map(PublicKey::from)
-        .map_err(|_| MALFORMED)
+    <[u8; 32]>::try_from(bytes).map(PublicKey::from).map_err(|_| MALFORMED)
 }
 
 /// `NLMSG_ERROR` and `NLMSG_DONE` begin with a status: zero, or a negative error number.
@@ -300,20 +285,13 @@ mod tests {
     }
 
     fn device(flags: u16, attributes: &[Vec<u8>]) -> Vec<u8> {
-        message(
-            FAMILY,
-            flags,
-            &[&[0, 1, 0, 0], attributes.concat().as_slice()].concat(),
-        )
+        message(FAMILY, flags, &[&[0, 1, 0, 0], attributes.concat().as_slice()].concat())
     }
 
     fn peer(key: u8, allowed_ips: usize) -> Vec<u8> {
         let ips = attribute(1, &[0; 2]).repeat(allowed_ips);
         let ips = attribute(WGPEER_A_ALLOWEDIPS | 0x8000, &ips);
-        attribute(
-            0x8000,
-            &[attribute(WGPEER_A_PUBLIC_KEY, &[key; 32]), ips].concat(),
-        )
+        attribute(0x8000, &[attribute(WGPEER_A_PUBLIC_KEY, &[key; 32]), ips].concat())
     }
 
     fn full_page() -> Vec<u8> {
@@ -350,10 +328,7 @@ mod tests {
         let page = parse_page(&message(NLMSG_DONE, 2, &[0; 4]), FAMILY).unwrap();
         assert!(page.last && !page.has_device && !page.interrupted);
         // Other families' messages say nothing.
-        assert_eq!(
-            parse_page(&message(FAMILY + 1, 2, &[1; 3]), FAMILY),
-            Ok(Page::default())
-        );
+        assert_eq!(parse_page(&message(FAMILY + 1, 2, &[1; 3]), FAMILY), Ok(Page::default()));
         assert_eq!(parse_page(&[], FAMILY), Ok(Page::default()));
     }
 
@@ -378,10 +353,7 @@ mod tests {
         };
         assert_eq!(family(&FAMILY.to_ne_bytes()), Ok(FAMILY));
         assert_eq!(family(&[1]), Err(MALFORMED));
-        assert_eq!(
-            parse_family(&message(GENL_ID_CTRL, 0, &[1, 2, 0, 0])),
-            Err(MALFORMED)
-        );
+        assert_eq!(parse_family(&message(GENL_ID_CTRL, 0, &[1, 2, 0, 0])), Err(MALFORMED));
         assert_eq!(parse_family(&[]), Err(MALFORMED));
     }
 
@@ -389,10 +361,7 @@ mod tests {
     fn requests() {
         let bytes = request(FAMILY, NLM_F_REQUEST, 3, (2, "wg-15-bytes-xyz"));
         let (kind, flags, body) = messages(&bytes).next().unwrap().unwrap();
-        assert_eq!(
-            (bytes.len() % 4, kind, flags, &body[..4]),
-            (0, FAMILY, 1, &[3, 1, 0, 0][..])
-        );
+        assert_eq!((bytes.len() % 4, kind, flags, &body[..4]), (0, FAMILY, 1, &[3, 1, 0, 0][..]));
         let attributes: Vec<_> = attributes(&body[4..]).collect();
         assert_eq!(attributes, [Ok((2, &b"wg-15-bytes-xyz\0"[..]))]);
     }
@@ -402,13 +371,7 @@ mod tests {
         let short = [
             device(0, &[attribute(WGDEVICE_A_IFINDEX, &[0; 3])]),
             device(0, &[attribute(WGDEVICE_A_PUBLIC_KEY, &[0; 31])]),
-            device(
-                0,
-                &[attribute(
-                    WGDEVICE_A_PEERS,
-                    &attribute(0, &attribute(1, &[0; 33])),
-                )],
-            ),
+            device(0, &[attribute(WGDEVICE_A_PEERS, &attribute(0, &attribute(1, &[0; 33])))]),
             device(0, &[attribute(WGDEVICE_A_PEERS, &attribute(0, &[]))]),
             device(0, &[vec![3, 0, 8, 0]]), // shorter than its header
             device(0, &[vec![0, 0, 0, 0]]), // would go on for ever
