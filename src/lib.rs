@@ -32,9 +32,10 @@ use cli::{Command, Options};
 use listener::{FrontDoor, Inner};
 use server::Server;
 
-/// Descriptors of one connection with a request under way: its socket and the connection to
-/// tiny_http, of which tiny_http holds two and the front door one.
-const DESCRIPTORS_PER_CONNECTION: u64 = 4;
+/// Descriptors of one connection with a request under way: its socket, the connection to
+/// tiny_http, of which tiny_http holds two and the front door one, and the socket of a connection
+/// that has lost its place and whose thread has yet to notice.
+const DESCRIPTORS_PER_CONNECTION: u64 = 5;
 
 /// Descriptors for everything else: logging, WireGuard, and a conversation with each of several
 /// hundred OpenVPN processes.
@@ -113,8 +114,17 @@ fn serve(options: Options) -> Result<(), Error> {
         None => listener::bind_tcp(&options.listen).map_err(Error::Bind)?,
     };
     let address = tcp.local_addr().map_err(Error::start("tell the address"))?;
-    let (inner, inner_listener) =
-        Inner::open(&runtime_directory()).map_err(Error::start("make the inner socket"))?;
+    let gave_up = Arc::new(AtomicBool::new(false));
+    let tell = Arc::clone(&gave_up);
+    let failed = move |error: &io::Error| {
+        if !tell.swap(true, Ordering::AcqRel) {
+            error!("the HTTP server has given up: {error}");
+            // Wakes the `wait` below; signalling oneself cannot fail.
+            let _ = kill(Pid::this(), Signal::SIGTERM);
+        }
+    };
+    let (inner, inner_listener) = Inner::open(&runtime_directory(), failed.clone())
+        .map_err(Error::start("make the inner socket"))?;
     let status = Arc::new(systemd::Status {
         url: format!("{}://{address}", if tls.is_some() { "https" } else { "http" }),
         device: options.wg_device.to_string(),
@@ -127,15 +137,8 @@ fn serve(options: Options) -> Result<(), Error> {
         openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
         cpu_count: node::cpu_count(),
     };
-    let gave_up = Arc::new(AtomicBool::new(false));
-    let tell = Arc::clone(&gave_up);
-    let http = Server::start(inner_listener, node, move |error| {
-        error!("the HTTP server has given up: {error}");
-        tell.store(true, Ordering::Release);
-        // Wakes the `wait` below; signalling oneself cannot fail.
-        let _ = kill(Pid::this(), Signal::SIGTERM);
-    })
-    .map_err(Error::start("start the HTTP server"))?;
+    let http = Server::start(inner_listener, node, failed)
+        .map_err(Error::start("start the HTTP server"))?;
     let front_door = FrontDoor::open(tcp, limit, inner, tls.clone())
         .map_err(Error::start("start the front door"))?;
     alive(FIRST_ANSWER_TIME).map_err(Error::start("answer a request of its own"))?;

@@ -1,6 +1,6 @@
 //! What systemd is told, in which order, and the socket that it hands over.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::expect_used)]
+#![allow(clippy::panic, clippy::unwrap_used, clippy::indexing_slicing, clippy::expect_used)]
 
 mod common;
 

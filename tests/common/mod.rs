@@ -211,7 +211,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn read(stream: &mut impl Read, is_head: bool) -> std::io::Result<Self> {
+    pub fn read(stream: &mut (impl Read + ?Sized), is_head: bool) -> std::io::Result<Self> {
         let mut head = Vec::new();
         let mut byte = [0];
         while !head.ends_with(b"\r\n\r\n") {
