@@ -126,10 +126,14 @@ impl Dumps {
         std::thread::scope(|scope| {
             let disturber = scope.spawn(disturb);
             while !disturber.is_finished() {
-                let Ok(peers) = wireguard.peers(Instant::now() + Duration::from_millis(2500))
-                else {
-                    self.failed += 1;
-                    continue;
+                let deadline = Instant::now() + Duration::from_millis(2500);
+                let peers = match wireguard.peers(deadline) {
+                    Ok(peers) => peers,
+                    Err(Error::Timeout(_) | Error::Disturbed(_)) => {
+                        self.failed += 1;
+                        continue;
+                    }
+                    Err(error) => panic!("{error}"),
                 };
                 self.whole += 1;
                 for (key, allowed_ips) in staying {
