@@ -1,6 +1,7 @@
 //! The node daemon of a VPN service; [`run`] is the whole program.
 
 pub mod api;
+pub mod check;
 pub mod cli;
 pub mod head;
 pub mod listener;
@@ -81,6 +82,14 @@ pub fn run() -> ExitCode {
         Ok(Command::Help) => print(cli::HELP),
         Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::Serve(options)) => serve(options),
+        Ok(Command::Check { options, json }) => {
+            let report = check::run(&options);
+            let printed = print(&if json { report.json() } else { report.to_string() });
+            match printed {
+                Ok(()) => return ExitCode::from(report.exit_status()),
+                error => error,
+            }
+        }
         Err(error) => Err(Error::Usage(error)),
     };
     let Err(error) = result else {
@@ -200,7 +209,7 @@ fn raise_open_files(connections: usize) -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return connections;
     };
-    let needed = connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS;
+    let needed = needed_files(connections);
     let granted = if soft < needed && soft < hard {
         let wanted = needed.min(hard);
         setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted)
@@ -210,12 +219,22 @@ fn raise_open_files(connections: usize) -> usize {
     if granted >= needed {
         return connections;
     }
-    // A quarter for the connections leaves three for everything else.
-    let affordable = (granted / 4 / DESCRIPTORS_PER_CONNECTION).max(1);
-    let affordable = usize::try_from(affordable).unwrap_or(usize::MAX).min(connections);
+    let affordable = affordable_connections(granted).min(connections);
     warn!(
         "only {granted} open files are allowed, {needed} are needed: serving {affordable} \
          connections at a time; raise the hard limit (systemd: LimitNOFILE={needed})"
     );
     affordable
+}
+
+/// Open files that serving `connections` at the same time may take.
+fn needed_files(connections: usize) -> u64 {
+    connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS
+}
+
+/// Connections that can be served with too few open files.
+fn affordable_connections(files: u64) -> usize {
+    // A quarter for the connections leaves three for everything else.
+    let affordable = (files / 4 / DESCRIPTORS_PER_CONNECTION).max(1);
+    usize::try_from(affordable).unwrap_or(usize::MAX)
 }
