@@ -11,7 +11,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
 };
 
-use super::Entry;
+use super::{Entry, setting};
 use crate::cli::ListenAddress;
 use crate::probe;
 
@@ -24,7 +24,7 @@ pub(super) fn look(listen: &ListenAddress) -> Vec<Entry> {
     let addresses = match resolve(listen) {
         Ok(addresses) => addresses,
         Err(error) => {
-            let remedy = "an address in place of the name: LISTEN= in /etc/default/vpn-daemon";
+            let remedy = setting("LISTEN", "ADDRESS:PORT");
             let seen = format!("{listen} cannot be resolved: {error}");
             return vec![Entry::problem(SUBJECT, seen, remedy)];
         }
@@ -37,18 +37,19 @@ pub(super) fn look(listen: &ListenAddress) -> Vec<Entry> {
             Err(error) => failed = Some(error),
         }
     }
+    let every = format!(":{}", listen.port);
     let (seen, remedy) = match failed {
         Some(Errno::EADDRNOTAVAIL) => (
             format!("{listen} is no address of this host"),
-            "one that `ip address` shows, or :PORT for all: LISTEN= in /etc/default/vpn-daemon",
+            format!("{}, or an address of `ip address`", setting("LISTEN", &every)),
         ),
         Some(Errno::EACCES) => (
             format!("{listen} may not be bound: ports below 1024 take a privilege"),
-            "a port from 1024 upwards: LISTEN= in /etc/default/vpn-daemon",
+            setting("LISTEN", "127.0.0.1:41194"),
         ),
         error => (
             format!("{listen} cannot be bound: {}", error.map_or("no address", Errno::desc)),
-            "another one: LISTEN= in /etc/default/vpn-daemon",
+            setting("LISTEN", "ADDRESS:PORT"),
         ),
     };
     vec![Entry::problem(SUBJECT, seen, remedy)]
@@ -105,7 +106,7 @@ fn in_use(listen: &ListenAddress, address: &SocketAddr) -> Entry {
         Some(Holder::Process { name, pid }) => Entry::problem(
             SUBJECT,
             format!("{listen} is in use by {name} (process {pid})"),
-            format!("end it (kill {pid}), or another port: LISTEN= in /etc/default/vpn-daemon"),
+            format!("end it (kill {pid}), or {}", setting("LISTEN", "ADDRESS:PORT")),
         ),
         Some(Holder::User(0)) | None => {
             let seen = format!("{listen} is in use, perhaps by this daemon or another program");

@@ -8,6 +8,7 @@ mod tls;
 mod wireguard;
 
 use std::fmt;
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -158,6 +159,13 @@ impl fmt::Display for Report {
             ),
         }
     }
+}
+
+/// The setting that becomes a flag of the daemon, and the file in which it is set.
+fn setting(variable: &str, value: &str) -> String {
+    let fedora = Path::new("/etc/sysconfig").exists();
+    let file = if fedora { "/etc/sysconfig/vpn-daemon" } else { "/etc/default/vpn-daemon" };
+    format!("{variable}={value} in {file}")
 }
 
 /// Names of files and words of other programs cannot steer the terminal.

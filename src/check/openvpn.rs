@@ -83,17 +83,22 @@ fn only_root_may_list(directory: &Path) -> bool {
     })
 }
 
-/// The tmpfiles.d(5) line, since the directory is made again at every boot.
+/// A tmpfiles.d(5) file, since the directory is made again at every boot. The packages bring one.
 fn open_directory(directory: &Path) -> String {
+    const FILE: &str = "vpn-daemon-openvpn.conf";
+    let create = format!("systemd-tmpfiles --create {FILE}");
+    let there = |etc: &str| {
+        let line = fs::read_to_string(Path::new(etc).join(FILE)).unwrap_or_default();
+        line.split_whitespace().any(|word| Path::new(word) == directory)
+    };
+    if there("/usr/lib/tmpfiles.d") || there("/etc/tmpfiles.d") {
+        return create;
+    }
     let groups = fs::read_to_string("/etc/group").unwrap_or_default();
     let fedora = groups.lines().any(|line| line.starts_with("openvpn:"));
     let group = if fedora { "openvpn" } else { "nogroup" };
-    format!(
-        "echo 'z {} 0750 root {group} -' >/etc/tmpfiles.d/vpn-daemon-openvpn.conf && \
-         systemd-tmpfiles --create vpn-daemon-openvpn.conf (SupplementaryGroups={group} in the \
-         unit)",
-        directory.display()
-    )
+    let directory = directory.display();
+    format!("echo 'z {directory} 0750 root {group} -' >/etc/tmpfiles.d/{FILE} && {create}")
 }
 
 fn openvpn_runs() -> bool {
@@ -152,7 +157,11 @@ fn probe(openvpn: &OpenVpn, socket: &Path) -> Entry {
         ),
         Err(SocketError::Permission) => (
             "may not be used: permission denied".to_owned(),
-            open_directory(socket.parent().unwrap_or(socket)),
+            match fs::metadata(socket) {
+                Ok(_) => format!("chmod a+rw {path}"),
+                // The directory may be listed and not be entered.
+                Err(_) => open_directory(socket.parent().unwrap_or(socket)),
+            },
         ),
         Err(error @ SocketError::PathTooLong(_)) => {
             (error.to_string(), "-openvpn-dir with a shorter path".to_owned())

@@ -61,8 +61,10 @@ fn plain(listen: &ListenAddress) -> Entry {
     Entry::warning(
         SUBJECT,
         format!("plain HTTP on {listen}: everybody who reaches this address may remove peers"),
-        "LISTEN=127.0.0.1:41194 in /etc/default/vpn-daemon, or turn TLS on: LoadCredential= in \
-         /etc/systemd/system/vpn-daemon.service.d/credentials.conf",
+        format!(
+            "LoadCredential= in /etc/systemd/system/vpn-daemon.service.d/credentials.conf, or {}",
+            super::setting("LISTEN", "127.0.0.1:41194")
+        ),
     )
 }
 

@@ -42,8 +42,9 @@ fn problem(device: &DeviceName, error: &Error) -> Entry {
         Error::NoDevice(_) => (
             format!("{device} does not exist"),
             format!(
-                "ip link add {device} type wireguard (or wg-quick, wireguard-go, boringtun), or \
-                 name the device with -wg-device (WG_DEVICE= in /etc/default/vpn-daemon)"
+                "ip link add {device} type wireguard (or wg-quick up {device}, wireguard-go \
+                 {device}), or {}",
+                super::setting("WG_DEVICE", "NAME")
             ),
         ),
         Error::NoPermission(_) => (
@@ -53,7 +54,7 @@ fn problem(device: &DeviceName, error: &Error) -> Entry {
         ),
         Error::NotWireGuard(_) => (
             format!("{device} exists and is no WireGuard device"),
-            "name the right one with -wg-device (WG_DEVICE= in /etc/default/vpn-daemon)".to_owned(),
+            super::setting("WG_DEVICE", "NAME"),
         ),
         Error::Socket(path, error) if error.kind() == ErrorKind::ConnectionRefused => (
             format!("{device} has a stale socket, {}: no process listens on it", path.display()),
