@@ -4,6 +4,7 @@
 //! variables nothing here does anything.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fmt::{self, Write};
 use std::io;
 use std::net::TcpListener;
@@ -12,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,26 +33,16 @@ const STATUS_TIME: Duration = Duration::from_secs(60);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// Tells systemd how the service is; a no-op where nobody asks for it.
-pub struct Notifier(Option<(UnixDatagram, SocketAddr)>);
+pub struct Notifier {
+    manager: Option<(UnixDatagram, SocketAddr)>,
+    stopping: AtomicBool,
+}
 
 impl Notifier {
     /// By `NOTIFY_SOCKET`.
     pub fn from_environment() -> Self {
-        let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
-            return Self(None);
-        };
-        let opened = address(name.as_bytes()).and_then(|address| {
-            let socket = UnixDatagram::unbound()?;
-            socket.set_write_timeout(Some(NOTIFY_TIME))?;
-            Ok((socket, address))
-        });
-        match opened {
-            Ok(opened) => Self(Some(opened)),
-            Err(error) => {
-                warn!("NOTIFY_SOCKET={} cannot be used: {error}", name.display());
-                Self(None)
-            }
-        }
+        let name = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
+        Self { manager: name.and_then(|name| open(&name)), stopping: AtomicBool::new(false) }
     }
 
     /// The first request would be served, or a reload is over.
@@ -70,8 +62,9 @@ impl Notifier {
         self.send(&message);
     }
 
-    /// The service ends.
+    /// The service ends: the watchdog is not fed any more.
     pub fn stopping(&self) {
+        self.stopping.store(true, Ordering::Release);
         self.send("STOPPING=1\nSTATUS=Answering the requests under way");
     }
 
@@ -84,7 +77,7 @@ impl Notifier {
     }
 
     fn send(&self, message: &str) {
-        if let Some((socket, address)) = &self.0
+        if let Some((socket, address)) = &self.manager
             && let Err(error) = socket.send_to_addr(message.as_bytes(), address)
         {
             warn!("systemd was not told {message:?}: {error}");
@@ -92,11 +85,24 @@ impl Notifier {
     }
 }
 
+fn open(name: &OsStr) -> Option<(UnixDatagram, SocketAddr)> {
+    let opened = address(name.as_bytes()).and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_write_timeout(Some(NOTIFY_TIME))?;
+        Ok((socket, address))
+    });
+    opened
+        .inspect_err(|error| {
+            warn!("NOTIFY_SOCKET={} cannot be used: {error}", name.display());
+        })
+        .ok()
+}
+
 /// A path, or `@` and an abstract name. AF_VSOCK is for the machine's own manager, not services.
 fn address(name: &[u8]) -> io::Result<SocketAddr> {
     match name {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
-        [b'/', ..] => SocketAddr::from_pathname(Path::new(std::ffi::OsStr::from_bytes(name))),
+        [b'/', ..] => SocketAddr::from_pathname(Path::new(OsStr::from_bytes(name))),
         _ => Err(io::Error::other("it is neither a path nor an abstract name")),
     }
 }
@@ -152,6 +158,8 @@ pub fn keep(
         loop {
             if period.is_some() {
                 match alive(tick) {
+                    // The inner socket goes away with the last connection.
+                    _ if notifier.stopping.load(Ordering::Acquire) => return,
                     Ok(()) => notifier.feed_watchdog(),
                     Err(error) => error!(
                         "the watchdog is not fed: the daemon's own request got no answer: {error}"

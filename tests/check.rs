@@ -393,6 +393,26 @@ fn credentials() {
 }
 
 #[test]
+fn a_daemon_that_has_not_read_the_new_certificate() {
+    let (installation, credentials) = (Installation::new(), Credentials::new());
+    let variable = [("CREDENTIALS_DIRECTORY", credentials.0.path().to_str().unwrap())];
+    let daemon = Daemon::start_with(&[], |command| {
+        command.envs(variable);
+    });
+    let address = daemon.address.to_string();
+    let check = || installation.check(&[], &variable, &["-listen", &address]);
+    check().names(OK, "is served with this certificate", "");
+    credentials.issue("serverAuth", "DNS:node.vpn.example.org", "60");
+    check().names(WARNING, "another certificate than server.crt", "systemctl reload vpn-daemon");
+    daemon.signal("HUP");
+    daemon.wait_for_log("SIGHUP");
+    check().names(OK, "is served with this certificate", "");
+    // Without the variable, root still sees who it is.
+    let checked = installation.plain(&["-listen", &address]);
+    checked.names(OK, "is held by vpn-daemon", "");
+}
+
+#[test]
 fn the_node() {
     let installation = Installation::new();
     let shell = |script: &'static str| {

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -11,16 +12,17 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
 };
 
-use super::{Entry, setting};
+use super::{Entry, setting, shown};
 use crate::cli::ListenAddress;
 use crate::probe;
+use crate::tls::{self, Credentials};
 
 /// For the answer of a daemon that runs.
 const TIME: Duration = Duration::from_secs(3);
 
 const SUBJECT: &str = "address";
 
-pub(super) fn look(listen: &ListenAddress) -> Vec<Entry> {
+pub(super) fn look(listen: &ListenAddress, credentials: Option<&Path>) -> Vec<Entry> {
     let addresses = match resolve(listen) {
         Ok(addresses) => addresses,
         Err(error) => {
@@ -33,7 +35,7 @@ pub(super) fn look(listen: &ListenAddress) -> Vec<Entry> {
     for address in &addresses {
         match can_bind(address) {
             Ok(()) => return vec![Entry::ok(SUBJECT, format!("{listen} is free"))],
-            Err(Errno::EADDRINUSE) => return vec![in_use(listen, address)],
+            Err(Errno::EADDRINUSE) => return vec![in_use(listen, address, credentials)],
             Err(error) => failed = Some(error),
         }
     }
@@ -82,16 +84,29 @@ fn can_bind(address: &SocketAddr) -> nix::Result<()> {
     bind(fd.as_raw_fd(), &SockaddrStorage::from(*address))
 }
 
-fn in_use(listen: &ListenAddress, address: &SocketAddr) -> Entry {
+fn in_use(listen: &ListenAddress, address: &SocketAddr, credentials: Option<&Path>) -> Entry {
     let mut near = *address;
-    match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => near.set_ip(Ipv4Addr::LOCALHOST.into()),
-        // A socket for every address takes IPv4; the host may have no ::1.
-        IpAddr::V6(ip) if ip.is_unspecified() => near.set_ip(Ipv4Addr::LOCALHOST.into()),
-        _ => {}
+    if address.ip().is_unspecified() {
+        // A socket for every address takes IPv4, and the host may have no ::1.
+        near.set_ip(Ipv4Addr::LOCALHOST.into());
     }
-    let version = probe::tcp(&near, Instant::now() + TIME).ok().as_deref().and_then(version);
-    if let Some(version) = version {
+    let deadline = Instant::now() + TIME;
+    if let Some(directory) = credentials {
+        let ours = tls::load(directory).ok();
+        let ours = ours.as_ref().and_then(Credentials::certificate);
+        match (shown::certificate(&near, deadline), ours) {
+            (Some(shown), Some(ours)) if shown == *ours => {
+                return Entry::ok(SUBJECT, format!("{listen} is served with this certificate"));
+            }
+            (Some(_), Some(_)) => {
+                let seen = format!("{listen} is served with another certificate than server.crt");
+                return Entry::warning(SUBJECT, seen, "systemctl reload vpn-daemon");
+            }
+            _ => {}
+        }
+    } else if let Ok(body) = probe::tcp(&near, deadline)
+        && let Some(version) = version(&body)
+    {
         return Entry::ok(SUBJECT, format!("{listen} is served by vpn-daemon {version}"));
     }
     let port = address.port();

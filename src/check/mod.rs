@@ -4,6 +4,7 @@
 mod address;
 mod node;
 mod openvpn;
+mod shown;
 mod tls;
 mod wireguard;
 
@@ -75,7 +76,9 @@ impl Entry {
 pub fn run(options: &Options) -> Report {
     type Look = fn(&Options) -> Vec<Entry>;
     let looks: [(&str, Look); 5] = [
-        ("address", |options| address::look(&options.listen)),
+        ("address", |options| {
+            address::look(&options.listen, cli::credentials_directory().as_deref())
+        }),
         ("TLS", |options| tls::look(&options.listen, cli::credentials_directory().as_deref())),
         ("WireGuard", |options| wireguard::look(&options.wg_device)),
         ("OpenVPN", |options| openvpn::look(&options.openvpn_dir)),
