@@ -237,21 +237,26 @@ fn the_openvpn_directory() {
 
 #[test]
 fn openvpn_sockets() {
-    for (mood, level, seen, remedy) in [
-        (Mood::Silent, PROBLEM, "odd.sock does not answer within 1.5 s: another program", "ss -xp"),
-        (Mood::Full, PROBLEM, "odd.sock does not answer within 1.5 s: too many others", "ss -xp"),
-        (Mood::Deaf, PROBLEM, "odd.sock does not answer", "ss -xp"),
-        (Mood::Password, PROBLEM, "odd.sock asks for a password", "odd.sock unix, without"),
-        (Mood::CloseAtOnce, PROBLEM, "odd.sock closed the connection", "management"),
-        (Mood::GarbageGreeting, PROBLEM, "odd.sock sent a reply that", "management"),
-        (Mood::FloodLine, PROBLEM, "odd.sock sent", "management"),
-    ] {
-        let installation = Installation::new();
-        let _odd = FakeOpenVpn::start(installation.openvpn().join("odd.sock"), mood, vec![]);
-        let checked = installation.plain(&[]);
-        checked.names(level, seen, remedy);
-        assert!(checked.text.contains("1 problem, 0 warnings."), "{mood:?}: {}", checked.text);
+    let moods = [
+        (Mood::Silent, "does not answer within 1.5 s: another program holds it", "ss -xp"),
+        (Mood::Full, "does not answer within 1.5 s: too many others wait", "ss -xp"),
+        (Mood::Deaf, "does not answer within 1.5 s", "ss -xp"),
+        (Mood::Password, "asks for a password", "unix, without a password file"),
+        (Mood::CloseAtOnce, "closed the connection before its greeting", "management"),
+        (Mood::GarbageGreeting, "sent a reply that was not understood", "management"),
+        (Mood::FloodLine, "sent a line of more than", "management"),
+        (Mood::FloodNews, "sent", "management"),
+    ];
+    let installation = Installation::new();
+    let name = |mood| format!("{mood:?}.sock");
+    let start = |mood| FakeOpenVpn::start(installation.openvpn().join(name(mood)), mood, vec![]);
+    let _processes: Vec<_> = moods.iter().map(|(mood, ..)| start(*mood)).collect();
+    let checked = installation.plain(&[]);
+    for (mood, seen, remedy) in moods {
+        checked.names(PROBLEM, &format!("{} {seen}", name(mood)), remedy);
     }
+    assert!(checked.text.contains("8 problems, 0 warnings."), "{}", checked.text);
+
     let installation = Installation::new();
     let stale = installation.openvpn().join("stale.sock");
     drop(UnixListener::bind(&stale).unwrap());

@@ -18,7 +18,7 @@ use crate::probe;
 use crate::tls::{self, Credentials};
 
 /// For the answer of a daemon that runs.
-const TIME: Duration = Duration::from_secs(3);
+const TIME: Duration = Duration::from_millis(1500);
 
 const SUBJECT: &str = "address";
 

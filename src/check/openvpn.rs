@@ -146,8 +146,8 @@ fn probe(openvpn: &OpenVpn, socket: &Path) -> Entry {
             match stage {
                 Stage::Turn | Stage::Reply => "try again".to_owned(),
                 Stage::Connect | Stage::Greeting => format!(
-                    "end what else is connected to it (ss -xp | grep {path}), or restart its \
-                     OpenVPN"
+                    "end the program that holds it, or restart its OpenVPN; both are shown by: ss \
+                     -xp | grep -F \"$(ss -Hx src {path} | awk '{{print $8}}')\""
                 ),
             },
         ),
