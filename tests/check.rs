@@ -322,7 +322,7 @@ impl Credentials {
 #[test]
 fn credentials() {
     type Plant = fn(&Credentials);
-    let faults: [(Plant, i32, &str, &str); 11] = [
+    let faults: [(Plant, i32, &str, &str); 12] = [
         (|_| {}, OK, "belong together", ""),
         (
             |c| fs::remove_file(c.file("ca.crt")).unwrap(),
@@ -335,6 +335,12 @@ fn credentials() {
             PROBLEM,
             "server.key does not belong to the first certificate in server.crt",
             "server.key",
+        ),
+        (
+            |c| fs::remove_file(c.file("server.key")).unwrap(),
+            PROBLEM,
+            "server.key does not exist",
+            "LoadCredential=server.key:/etc/ssl/vpn-daemon/private/server.key",
         ),
         (|c| fs::write(c.file("server.key"), "x").unwrap(), PROBLEM, "server.key holds no", "PEM"),
         (|c| fs::write(c.file("server.crt"), "").unwrap(), PROBLEM, "server.crt holds no", "PEM"),

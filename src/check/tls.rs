@@ -78,9 +78,10 @@ fn problem(error: &Error) -> Entry {
     let shown = path.display();
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let remedy = match problem {
-        Problem::Missing => format!(
-            "put the file there; in the unit: LoadCredential={name}:/etc/ssl/vpn-daemon/{name}"
-        ),
+        Problem::Missing => {
+            let below = if name == SERVER_KEY { "private/" } else { "" };
+            format!("LoadCredential={name}:/etc/ssl/vpn-daemon/{below}{name} in the unit")
+        }
         Problem::Unreadable(_) => format!("let the daemon's user read it: {shown}"),
         Problem::Nothing { what } => format!("write a {what} in PEM into {shown}"),
         Problem::KeyMismatch => format!("{advice}: {shown}"),
