@@ -26,7 +26,8 @@ pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
 use userspace::Userspace;
 
 /// Name of the threads on which operations run. The crate below panics on some dumps, which is
-/// caught there: a panic hook may keep quiet about threads of this name.
+/// caught there: a panic hook should keep quiet about threads of this name, since a backtrace of
+/// each takes a good part of an operation's time.
 pub const THREAD_NAME: &str = "wireguard";
 
 /// An operation gives up this long before its caller does, so that the caller learns why.
@@ -158,12 +159,80 @@ fn neither(device: &DeviceName, errno: Errno, socket: io::ErrorKind) -> Option<E
         return None;
     }
     let device = device.clone();
-    if if_nametoindex(device.as_str()).is_err() {
+    if errno == Errno::ENODEV || if_nametoindex(device.as_str()).is_err() {
         return Some(Error::NoDevice(device));
     }
     match errno {
         Errno::EPERM => Some(Error::NoPermission(device)),
         _ if hidden => None,
         _ => Some(Error::NotWireGuard(device)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(200)
+    }
+
+    #[test]
+    fn neither_backend() {
+        use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+        let sentence = |device: &str, errno, socket| {
+            let error = neither(&device.parse().unwrap(), errno, socket);
+            error.map_or_else(|| "that of the socket".to_owned(), |error| error.to_string())
+        };
+        for (device, errno, socket, expected) in [
+            ("no-such-device", Errno::ENODEV, NotFound, "does not exist"),
+            ("no-such-device", Errno::ENOENT, NotFound, "does not exist"),
+            ("no-such-device", Errno::EPERM, NotFound, "does not exist"),
+            ("no-such-device", Errno::EPERM, PermissionDenied, "does not exist"),
+            ("lo", Errno::ENODEV, NotFound, "does not exist"),
+            ("lo", Errno::ENOENT, NotFound, "not a WireGuard device"),
+            ("lo", Errno::EOPNOTSUPP, NotFound, "not a WireGuard device"),
+            ("lo", Errno::EPERM, NotFound, "CAP_NET_ADMIN"),
+            ("lo", Errno::EPERM, PermissionDenied, "CAP_NET_ADMIN"),
+            ("lo", Errno::EOPNOTSUPP, PermissionDenied, "that of the socket"),
+            ("lo", Errno::EPERM, ConnectionRefused, "that of the socket"),
+        ] {
+            let sentence = sentence(device, errno, socket);
+            assert!(sentence.contains(expected), "{device} {errno} {socket}: {sentence}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there() {
+        let wireguard = WireGuard::new("no-such-device".parse().unwrap());
+        let key = PublicKey::from([1; 32]);
+        let errors = [
+            wireguard.peers(soon()).unwrap_err(),
+            wireguard.add_peer(&key, &[], soon()).unwrap_err(),
+            wireguard.remove_peer(&key, soon()).unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, Error::NoDevice(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn panics_and_hangs_stay_inside() {
+        let wireguard = WireGuard::new("wg0".parse().unwrap());
+        let far = Instant::now() + Duration::from_secs(60);
+        let result: Result<(), _> = wireguard.run(far, |_| panic!("as the crate does"));
+        assert!(matches!(result, Err(Error::Internal(..))));
+
+        // An operation hangs: it and those after it time out, until it comes back.
+        let (release, hang) = mpsc::channel::<()>();
+        let hang = std::sync::Mutex::new(hang);
+        let hung = wireguard.run(soon(), move |_| {
+            let _ = hang.lock().unwrap().recv();
+            Ok(())
+        });
+        assert!(hung.unwrap_err().is_timeout());
+        assert!(wireguard.run(soon(), |_| Ok(())).unwrap_err().is_timeout());
+        drop(release);
+        assert!(wireguard.run(far, |_| Ok(())).is_ok());
     }
 }
