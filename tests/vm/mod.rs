@@ -232,7 +232,7 @@ impl Machine {
         let arguments = [
             ["-kernel", kernel.image.to_str().unwrap()],
             ["-initrd", initramfs.0.to_str().unwrap()],
-            ["-append", "console=ttyS0 quiet panic=-1 oops=panic"],
+            ["-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check"],
         ];
         Self::start(memory_mib, limit, arguments.as_flattened())
     }

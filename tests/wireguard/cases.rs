@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::{Duration, Instant, SystemTime};
 
-use nix::sys::signal::Signal;
+use serde_json::json;
 use vpn_daemon::wireguard::{AllowedIp, PublicKey, WireGuard};
 
 use crate::Case;
+use crate::common::Daemon;
 use crate::devices::{Device, Kind, Namespace, command, soon, unused_name, wait_for};
 
 /// For every implementation.
@@ -25,6 +26,7 @@ pub const COMMON: &[Case] = &[
     ("no secret is printed", no_secret_is_printed),
     ("a device that does not exist", no_device),
     ("the device is deleted and made again", device_made_again),
+    ("over HTTP", over_http),
 ];
 
 /// boringtun has to forget a peer to change it.
@@ -265,9 +267,14 @@ fn no_secret_is_printed(kind: Kind) {
     let late = device.wireguard.peers(Instant::now()).err();
     printed += &format!("{own} {own:?} {late:?} {:?}", device.remove(&key(1)));
     printed += &crate::logged();
+    assert_no_secret(&device, preshared_key, &printed);
+}
+
+/// Neither the device's private key nor the preshared key is in the text.
+fn assert_no_secret(device: &Device, preshared_key: &str, text: &str) {
     for secret in [&device.private_key, preshared_key] {
         for form in forms(secret) {
-            assert!(!printed.contains(&form), "a secret was printed, as {form}");
+            assert!(!text.contains(&form), "a secret was printed, as {form}");
         }
     }
 }
@@ -318,7 +325,7 @@ fn device_made_again(kind: Kind) {
 fn process_hangs(kind: Kind) {
     let device = Device::new(kind);
     device.add(&key(1), &ips(&["10.1.0.1/32"]));
-    device.signal(Signal::SIGSTOP);
+    device.stop();
     let deadline = || Instant::now() + Duration::from_millis(300);
     let ip = ips(&["10.1.0.2/32"]);
     let errors = [
@@ -326,7 +333,7 @@ fn process_hangs(kind: Kind) {
         device.wireguard.add_peer(&key(2), &ip, deadline()).unwrap_err(),
         device.wireguard.remove_peer(&key(1), deadline()).unwrap_err(),
     ];
-    device.signal(Signal::SIGCONT);
+    device.resume();
     for error in errors {
         assert!(error.is_timeout() && error.to_string().contains(&device.name), "{error}");
     }
@@ -342,4 +349,31 @@ fn process_killed(kind: Kind) {
     std::fs::rename(&stale, &socket).unwrap();
     assert_fails(&device.wireguard, &[&device.name]);
     std::fs::remove_file(&socket).unwrap();
+}
+
+/// The portal's way: the daemon beside the device.
+fn over_http(kind: Kind) {
+    let device = Device::new(kind);
+    let daemon = Daemon::start_with(&["-wg-device", &device.name], |command| {
+        command.env("RUST_LOG", "trace");
+    });
+    let preshared_key = command("wg", &["genpsk"]);
+    let name = key(1).to_string();
+    device.wg_input(&["peer", &name, "preshared-key", "/dev/stdin"], &preshared_key);
+    let form = [("public_key", &*name), ("ip_net", "10.1.0.1/32"), ("ip_net", "fd00::1/128")];
+    assert_eq!(daemon.post("/w/add_peer", &form).status, 204);
+    let listed = texts(&ips(&["10.1.0.1/32", "fd00::1/128"]));
+    assert_eq!(device.row(&key(1)).unwrap().allowed_ips, listed);
+    let list = daemon.get("/w/peer_list?show_all=yes").json();
+    let peer = &list["peer_list"][0];
+    assert_eq!((&peer["public_key"], &peer["bytes_in"]), (&json!(name), &json!(0)));
+    assert_eq!(peer["ip_net"].as_array().unwrap().len(), 2);
+    assert_eq!(daemon.get("/w/peer_list").json(), json!({"peer_list": []}));
+    let node = daemon.get("/i/node?include_client_peer_count=yes").json();
+    assert_eq!(node["w_peer_count"], 0);
+    let removed = daemon.post("/w/remove_peer", &form[..1]);
+    assert_eq!((removed.status, &removed.json()), (200, peer));
+    assert_eq!(daemon.post("/w/remove_peer", &form[..1]).status, 204);
+    assert_eq!(device.dump(), []);
+    assert_no_secret(&device, preshared_key.trim(), &daemon.log().join("\n"));
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::File;
+use std::fs::{DirEntry, File, read_dir, read_to_string};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use vpn_daemon::wireguard::{AllowedIp, Peer, PublicKey, WireGuard};
 
 use crate::vm::target_dir;
@@ -165,10 +167,27 @@ impl Device {
         }
     }
 
-    /// Sends the userspace implementation a signal.
-    pub fn signal(&self, signal: nix::sys::signal::Signal) {
-        let id = i32::try_from(self.process.as_ref().unwrap().id()).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), signal).unwrap();
+    /// Stops the userspace implementation, as a process that hangs.
+    pub fn stop(&self) {
+        let id = self.signal(Signal::SIGSTOP);
+        let stopped = |task: std::io::Result<DirEntry>| {
+            read_to_string(task.unwrap().path().join("stat")).unwrap().contains(") T ")
+        };
+        // Threads that run on another CPU go on for a moment.
+        wait_for("the process to stop", || {
+            read_dir(format!("/proc/{id}/task")).unwrap().all(stopped)
+        });
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) -> u32 {
+        let id = self.process.as_ref().unwrap().id();
+        kill(Pid::from_raw(id.try_into().unwrap()), signal).unwrap();
+        id
     }
 
     /// Where a userspace implementation listens.
