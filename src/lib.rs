@@ -11,6 +11,7 @@ pub mod rfc3339;
 pub mod routes;
 pub mod server;
 pub mod tls;
+pub mod uploads;
 pub mod wireguard;
 
 use std::fmt;
@@ -108,6 +109,7 @@ fn serve(options: Options) -> Result<(), Error> {
         wireguard: wireguard::WireGuard::new(options.wg_device),
         openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
         cpu_count: node::cpu_count(),
+        uploads: uploads::Uploads::default(),
     };
     let gave_up = Arc::new(AtomicBool::new(false));
     let tell = Arc::clone(&gave_up);
