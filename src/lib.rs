@@ -7,9 +7,11 @@ pub mod listener;
 pub mod logging;
 pub mod node;
 pub mod openvpn;
+pub mod probe;
 pub mod rfc3339;
 pub mod routes;
 pub mod server;
+pub mod systemd;
 pub mod tls;
 pub mod uploads;
 pub mod wireguard;
@@ -20,7 +22,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, info, warn};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -31,13 +33,17 @@ use cli::{Command, Options};
 use listener::{FrontDoor, Inner};
 use server::Server;
 
-/// Descriptors of one connection with a request under way: its socket and the connection to
-/// tiny_http, of which tiny_http holds two and the front door one.
-const DESCRIPTORS_PER_CONNECTION: u64 = 4;
+/// Descriptors of one connection with a request under way: its socket, the connection to
+/// tiny_http, of which tiny_http holds two and the front door one, and the socket of a connection
+/// that has lost its place and whose thread has yet to notice.
+const DESCRIPTORS_PER_CONNECTION: u64 = 5;
 
 /// Descriptors for everything else: logging, WireGuard, and a conversation with each of several
 /// hundred OpenVPN processes.
 const OTHER_DESCRIPTORS: u64 = 1024;
+
+/// For the daemon's first answer, which nobody but itself asks for.
+const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run: one line for the operator.
 #[derive(Debug)]
@@ -45,6 +51,7 @@ enum Error {
     Usage(cli::UsageError),
     Bind(listener::BindError),
     Tls(tls::Error),
+    Passed(systemd::SocketError),
     Start { what: &'static str, error: io::Error },
     HttpServer,
 }
@@ -55,6 +62,7 @@ impl fmt::Display for Error {
             Self::Usage(error) => error.fmt(f),
             Self::Bind(error) => error.fmt(f),
             Self::Tls(error) => error.fmt(f),
+            Self::Passed(error) => error.fmt(f),
             Self::Start { what, error } => write!(f, "cannot {what}: {error}"),
             Self::HttpServer => write!(f, "the HTTP server has given up"),
         }
@@ -90,6 +98,7 @@ fn print(text: &str) -> Result<(), Error> {
 
 fn serve(options: Options) -> Result<(), Error> {
     logging::start();
+    let notifier = Arc::new(systemd::Notifier::from_environment());
     // Blocked before the first thread is made, so that all of them inherit it: signals come to
     // the `wait` below and interrupt no system call.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
@@ -101,37 +110,53 @@ fn serve(options: Options) -> Result<(), Error> {
         .transpose()
         .map_err(Error::Tls)?;
     let limit = raise_open_files(options.max_connections);
-    let tcp = listener::bind_tcp(&options.listen).map_err(Error::Bind)?;
+    let tcp = match systemd::passed_socket().map_err(Error::Passed)? {
+        Some(passed) => passed,
+        None => listener::bind_tcp(&options.listen).map_err(Error::Bind)?,
+    };
     let address = tcp.local_addr().map_err(Error::start("tell the address"))?;
-    let (inner, inner_listener) =
-        Inner::open(&runtime_directory()).map_err(Error::start("make the inner socket"))?;
+    let gave_up = Arc::new(AtomicBool::new(false));
+    let tell = Arc::clone(&gave_up);
+    let failed = move |error: &io::Error| {
+        if !tell.swap(true, Ordering::AcqRel) {
+            error!("the HTTP server has given up: {error}");
+            // Wakes the `wait` below; signalling oneself cannot fail.
+            let _ = kill(Pid::this(), Signal::SIGTERM);
+        }
+    };
+    let (inner, inner_listener) = Inner::open(&runtime_directory(), failed.clone())
+        .map_err(Error::start("make the inner socket"))?;
+    let status = Arc::new(systemd::Status {
+        url: format!("{}://{address}", if tls.is_some() { "https" } else { "http" }),
+        device: options.wg_device.to_string(),
+        openvpn: openvpn::OpenVpn::new(options.openvpn_dir.clone()),
+    });
+    let inner_socket = inner.socket();
+    let alive = move |time| probe::unix(&inner_socket, Instant::now() + time).map(drop);
     let node = routes::Node {
         wireguard: wireguard::WireGuard::new(options.wg_device),
         openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
         cpu_count: node::cpu_count(),
         uploads: uploads::Uploads::default(),
     };
-    let gave_up = Arc::new(AtomicBool::new(false));
-    let tell = Arc::clone(&gave_up);
-    let http = Server::start(inner_listener, node, move |error| {
-        error!("the HTTP server has given up: {error}");
-        tell.store(true, Ordering::Release);
-        // Wakes the `wait` below; signalling oneself cannot fail.
-        let _ = kill(Pid::this(), Signal::SIGTERM);
-    })
-    .map_err(Error::start("start the HTTP server"))?;
+    let http = Server::start(inner_listener, node, failed)
+        .map_err(Error::start("start the HTTP server"))?;
     let front_door = FrontDoor::open(tcp, limit, inner, tls.clone())
         .map_err(Error::start("start the front door"))?;
-    match &tls {
-        Some(_) => info!("listening on https://{address}"),
-        None => info!("listening on http://{address}"),
-    }
-    if let Some(tls) = &tls {
-        tls.log_findings(SystemTime::now());
-    }
+    alive(FIRST_ANSWER_TIME).map_err(Error::start("answer a request of its own"))?;
+    info!("listening on {}", status.url);
+    log_findings(tls.as_deref());
+    notifier.ready(&status.to_string());
+    let daily = tls.clone();
+    systemd::keep(notifier.clone(), status.clone(), alive, move || log_findings(daily.as_deref()))
+        .map_err(Error::start("start the watchdog's thread"))?;
     loop {
         match signals.wait() {
-            Ok(Signal::SIGHUP) => reload(tls.as_deref()),
+            Ok(Signal::SIGHUP) => {
+                notifier.reloading();
+                reload(tls.as_deref());
+                notifier.ready(&status.to_string());
+            }
             Ok(signal) if !gave_up.load(Ordering::Acquire) => {
                 info!("{signal}: stopping");
                 break;
@@ -139,6 +164,7 @@ fn serve(options: Options) -> Result<(), Error> {
             _ => break,
         }
     }
+    notifier.stopping();
     front_door.close();
     http.stop();
     match gave_up.load(Ordering::Acquire) {
@@ -153,6 +179,10 @@ fn reload(tls: Option<&tls::Tls>) {
         Some(Ok(())) => info!("SIGHUP: new connections use the credentials as they are now"),
         Some(Err(error)) => error!("SIGHUP: the old credentials stay in force: {error}"),
     }
+    log_findings(tls);
+}
+
+fn log_findings(tls: Option<&tls::Tls>) {
     if let Some(tls) = tls {
         tls.log_findings(SystemTime::now());
     }

@@ -31,7 +31,7 @@ impl Server {
     pub fn start(
         inner: UnixListener,
         node: Node,
-        failed: impl Fn(io::Error) + Send + Sync + 'static,
+        failed: impl Fn(&io::Error) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let http = tiny_http::Server::from_listener(inner, None).map_err(io::Error::other)?;
         let server = Self { http: Arc::new(http), stopping: Arc::default() };
@@ -45,7 +45,7 @@ impl Server {
                         match http.recv() {
                             Ok(request) => dispatch(request, &node),
                             Err(_) if stopping.load(Ordering::Acquire) => return,
-                            Err(error) => return failed(error),
+                            Err(error) => return failed(&error),
                         }
                     }
                 },

@@ -18,6 +18,7 @@ const KEPT: usize = 4;
 pub struct Inner {
     directory: PathBuf,
     idle: Mutex<Idle>,
+    gone: Box<dyn Fn(&io::Error) + Send + Sync>,
 }
 
 #[derive(Default)]
@@ -29,15 +30,21 @@ struct Idle {
 }
 
 impl Inner {
-    /// Makes the directory below `parent` and listens in it.
-    pub fn open(parent: &Path) -> io::Result<(Self, UnixListener)> {
+    /// Makes the directory below `parent` and listens in it. `gone` is called when nobody
+    /// listens any more: tiny_http's accepting thread panics when it runs out of descriptors or
+    /// threads, and tells nobody.
+    pub fn open(
+        parent: &Path,
+        gone: impl Fn(&io::Error) + Send + Sync + 'static,
+    ) -> io::Result<(Self, UnixListener)> {
         let directory = mkdtemp(&parent.join("vpn-daemon.XXXXXX"))?;
-        let inner = Self { directory, idle: Mutex::default() };
+        let inner = Self { directory, idle: Mutex::default(), gone: Box::new(gone) };
         let listener = UnixListener::bind(inner.socket())?;
         Ok((inner, listener))
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Where tiny_http listens.
+    pub fn socket(&self) -> PathBuf {
         self.directory.join("http.sock")
     }
 
@@ -52,7 +59,11 @@ impl Inner {
         if let Some(stream) = idle {
             return Ok(stream);
         }
-        let stream = UnixStream::connect(self.socket())?;
+        let stream = UnixStream::connect(self.socket()).inspect_err(|error| {
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                (self.gone)(error);
+            }
+        })?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         Ok(stream)
@@ -97,7 +108,7 @@ mod tests {
 
     #[test]
     fn nobody_else_gets_in_and_nothing_stays() {
-        let (inner, _listener) = Inner::open(&std::env::temp_dir()).unwrap();
+        let (inner, _listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
         let directory = inner.directory.clone();
         assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o7777, 0o700);
         drop(inner);
@@ -106,7 +117,7 @@ mod tests {
 
     #[test]
     fn what_nobody_needed_is_closed() {
-        let (inner, _listener) = Inner::open(&std::env::temp_dir()).unwrap();
+        let (inner, _listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
         let streams: Vec<_> = (0..20).map(|_| inner.take().unwrap()).collect();
         streams.into_iter().for_each(|stream| inner.give_back(stream));
         inner.trim();

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{error, warn};
+use log::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -32,6 +32,8 @@ use crate::tls::{ClientName, Refusal, Throttle, Tls};
 const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
 /// For requests under way when the daemon stops.
 const STOP_TIME: Duration = Duration::from_secs(4);
+/// Connections accepted after the daemon has been told to stop.
+const LAST: usize = 256;
 /// Waiting connections closed at once when the process is out of descriptors or memory.
 const SHED: usize = 16;
 /// Rust's default of 2 MiB would only be address space; TLS needs a fraction of this.
@@ -93,6 +95,7 @@ struct Shared {
     inner: Inner,
     tls: Option<Arc<Tls>>,
     refusals: Mutex<Throttle>,
+    shortages: Mutex<Option<Instant>>,
 }
 
 impl FrontDoor {
@@ -109,7 +112,8 @@ impl FrontDoor {
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let (table, refusals) = (Table::new(limit), Mutex::default());
-        let shared = Arc::new(Shared { table, inner, tls, refusals });
+        let shortages = Mutex::default();
+        let shared = Arc::new(Shared { table, inner, tls, refusals, shortages });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let watched = Arc::clone(&shared);
         spawn("deadlines", move || {
@@ -140,7 +144,11 @@ fn spawn<T: Send + 'static>(
 }
 
 fn accept_loop(listener: &TcpListener, shared: &Arc<Shared>, stop: &EventFd) {
-    loop {
+    // What is queued when the daemon stops is still answered, within reason: the rest waits for
+    // the next process where systemd holds the socket, and is reset where it is ours alone.
+    let mut last = LAST;
+    while last > 0 {
+        last -= usize::from(shared.table.is_stopping());
         match listener.accept() {
             Ok((stream, address)) => admit(stream, address, shared),
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
@@ -157,9 +165,8 @@ fn accept_loop(listener: &TcpListener, shared: &Arc<Shared>, stop: &EventFd) {
                     }
                 }
                 Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => {
-                    let shed = shared.table.shed(SHED);
-                    shared.inner.trim();
-                    warn!("cannot accept a connection: {error}; closed {shed} that were waiting");
+                    shared.relieve("cannot accept a connection", &error);
+                    // What was closed is free once its threads have noticed.
                     thread::sleep(Duration::from_millis(20));
                 }
                 // The client has given up already, or the network told of an error (accept(2)).
@@ -173,56 +180,73 @@ fn admit(stream: TcpStream, address: SocketAddr, shared: &Arc<Shared>) {
     // Accepted sockets do not inherit O_NONBLOCK on Linux. Without TCP_NODELAY an answer in two
     // writes waits for the client's acknowledgement; an error means that the client has gone.
     let _ = stream.set_nodelay(true);
-    let stream = Arc::new(stream);
-    let place = shared.table.admit(Arc::clone(&stream), Instant::now() + HANDSHAKE_TIME);
+    let (stream, deadline) = (Arc::new(stream), Instant::now() + HANDSHAKE_TIME);
+    let place = shared.table.admit(Arc::clone(&stream), deadline);
     let connection = Arc::clone(shared);
-    let work = move || serve(&stream, address, &place, &connection);
-    if let Err(error) = spawn("connection", work) {
-        shared.table.shed(SHED);
-        error!("no thread for a connection: {error}");
-    }
-}
-
-fn serve(socket: &Arc<TcpStream>, address: SocketAddr, place: &Place, shared: &Shared) {
-    let plain = Plain(Arc::clone(socket));
     let address = canonical(address).to_string();
-    let Some(tls) = &shared.tls else {
-        let client = Client { address, name: None };
-        return relay::serve(plain, place, &shared.inner, &client);
+    let work = move || match &connection.tls {
+        None => serve(Plain(stream), address, None, &place, &connection),
+        Some(tls) => serve_tls(tls, Plain(stream), address, deadline, &place, &connection),
     };
-    let started = Instant::now();
-    match shake_hands(tls, plain) {
-        Ok(stream) => {
-            let certificate = stream.0.conn.peer_certificates().and_then(|chain| chain.first());
-            let name = certificate.and_then(ClientName::of).map(|name| name.to_string());
-            relay::serve(stream, place, &shared.inner, &Client { address, name });
-        }
-        // The socket was shut down under the handshake, which looks like a client that left.
-        Err(_) if started.elapsed() >= HANDSHAKE_TIME => {
-            shared.log_refusal(&address, &io::ErrorKind::TimedOut.into());
-        }
-        Err(error) => shared.log_refusal(&address, &error),
+    if let Err(error) = spawn("connection", work) {
+        shared.relieve("no thread for a connection", &error);
     }
 }
 
-fn shake_hands(tls: &Tls, socket: Plain) -> io::Result<Tunnel> {
-    let mut tunnel = Tunnel(rustls::StreamOwned::new(
-        rustls::ServerConnection::new(tls.config()).map_err(io::Error::other)?,
-        socket,
-    ));
+fn serve(
+    stream: impl Stream,
+    address: String,
+    name: Option<String>,
+    place: &Place,
+    shared: &Shared,
+) {
+    relay::serve(stream, place, &shared.inner, &Client { address, name });
+}
+
+/// The handshake has to be complete by `deadline`.
+fn serve_tls(
+    tls: &Tls,
+    socket: Plain,
+    address: String,
+    deadline: Instant,
+    place: &Place,
+    shared: &Shared,
+) {
+    let conn = match rustls::ServerConnection::new(tls.config()) {
+        Ok(conn) => conn,
+        Err(error) => return shared.log_refusal(&address, &io::Error::other(error)),
+    };
+    let mut tunnel = Tunnel(rustls::StreamOwned::new(conn, socket));
     let rustls::StreamOwned { conn, sock } = &mut tunnel.0;
     while conn.is_handshaking() {
         if let Err(error) = conn.complete_io(sock) {
+            // A socket that is shut down under the handshake looks like a client that left.
+            let timed_out = Instant::now() >= deadline;
+            let error = if timed_out { io::ErrorKind::TimedOut.into() } else { error };
+            shared.log_refusal(&address, &error);
             // The alert that says why is sent already; what the client sends meanwhile must not
             // reset the connection before it is read.
-            relay::farewell(sock);
-            return Err(error);
+            return relay::farewell(sock);
         }
     }
-    Ok(tunnel)
+    let certificate = conn.peer_certificates().and_then(|chain| chain.first());
+    let name = certificate.and_then(ClientName::of).map(|name| name.to_string());
+    serve(tunnel, address, name, place, shared);
 }
 
 impl Shared {
+    /// The process has run out of descriptors, threads or memory: closes what is only waiting,
+    /// and says so once a second.
+    fn relieve(&self, what: &str, error: &io::Error) {
+        let shed = self.table.shed(SHED);
+        self.inner.trim();
+        let mut logged = self.shortages.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
+            *logged = Some(Instant::now());
+            warn!("{what}: {error}; closed {shed} that were waiting");
+        }
+    }
+
     fn log_refusal(&self, address: &str, error: &io::Error) {
         let refusal = Refusal::from(error);
         let mut throttle = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);

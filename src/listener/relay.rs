@@ -82,8 +82,7 @@ impl<S: Stream> Relay<'_, S> {
                 return self.refuse(503, "the connection limit is reached; try again");
             }
             if !self.answer(&head)? {
-                self.stream.finish();
-                return Ok(());
+                return self.leave();
             }
             waiting = Phase::Idle;
         }
@@ -132,9 +131,10 @@ impl<S: Stream> Relay<'_, S> {
     /// Reads the body, or the beginning of a long one, into the buffer behind the head.
     fn read_whole_body(&mut self, head: &Head) -> io::Result<()> {
         let wanted = head.length + usize_of(head.content_length.min(WHOLE_BODY));
-        if self.buffer.len() >= wanted {
+        if self.buffer.len() >= head.length + usize_of(head.content_length) {
             return Ok(());
         }
+        // For the rest of a long body as well, which comes later.
         self.enter(Phase::Arriving, BODY_TIME)?;
         if head.expect_continue {
             self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
@@ -169,14 +169,14 @@ impl<S: Stream> Relay<'_, S> {
                 return Ok(false);
             }
         };
-        inner.write_all(&request)?;
+        let sent = inner.write_all(&request);
         drop(request);
-        if available < body_length {
+        if sent.is_ok() && available < body_length {
             self.stream_body(&mut inner, body_length - available)?;
             self.enter(Phase::UnderWay, ANSWER_TIME)?;
         }
         let keep = head.keep_alive && !self.place.is_stopping();
-        let mut answer = match read_answer_head(&mut inner) {
+        let answer = match sent.and_then(|()| AnswerHead::read(&mut inner, head)) {
             Ok(answer) => answer,
             Err(error) => {
                 error!("the HTTP server gave no answer: {error}");
@@ -184,28 +184,27 @@ impl<S: Stream> Relay<'_, S> {
                 return Ok(false);
             }
         };
-        let mut left = answer.body_length(head);
-        let outer_head = answer.outer_head(head, keep);
-        let mut piece = outer_head;
-        piece.append(&mut answer.body_start);
-        left = left.saturating_sub(answer.body_start_length);
-        self.stream.write_all(&piece)?;
+        let mut piece = answer.outer_head(head, keep);
+        piece.extend(answer.body_start);
+        let mut left = answer.body_left;
         while left > 0 {
+            self.stream.write_all(&piece)?;
             piece.resize(left.min(4 * PIECE), 0);
             let count = inner.read(&mut piece)?;
             if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            self.stream.write_all(piece.get(..count).unwrap_or_default())?;
+            piece.truncate(count);
             left -= count;
         }
-        self.stream.flush()?;
+        // Over the rest the client may take its time.
         self.inner.give_back(inner);
+        self.stream.write_all(&piece)?;
+        self.stream.flush()?;
         Ok(keep)
     }
 
     fn stream_body(&mut self, inner: &mut UnixStream, mut left: usize) -> io::Result<()> {
-        self.enter(Phase::Arriving, BODY_TIME)?;
         let mut piece = vec![0; 4 * PIECE];
         while left > 0 {
             let limit = left.min(piece.len());
@@ -223,15 +222,21 @@ impl<S: Stream> Relay<'_, S> {
     fn refuse(&mut self, status: u16, sentence: &str) -> io::Result<()> {
         let body = error_body(sentence);
         let reason = tiny_http::StatusCode(status).default_reason_phrase();
-        self.enter(Phase::Arriving, FAREWELL_TIME)?;
-        write!(
-            self.stream,
+        let answer = format!(
             "HTTP/1.1 {status} {reason}\r\nServer: vpn-daemon\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\
              Connection: close\r\n\r\n{body}",
             body.len()
-        )?;
+        );
+        self.enter(Phase::Arriving, FAREWELL_TIME)?;
+        self.stream.write_all(answer.as_bytes())?;
         self.stream.flush()?;
+        self.leave()
+    }
+
+    /// Closes the connection once the client has read its answer.
+    fn leave(&mut self) -> io::Result<()> {
+        self.enter(Phase::Arriving, FAREWELL_TIME)?;
         farewell(self.stream);
         Ok(())
     }
@@ -249,34 +254,37 @@ pub(super) fn farewell(stream: &mut impl Stream) {
 struct AnswerHead {
     text: String,
     body_start: Vec<u8>,
-    body_start_length: usize,
-}
-
-fn read_answer_head(inner: &mut UnixStream) -> io::Result<AnswerHead> {
-    let mut bytes = Vec::with_capacity(1024);
-    let mut piece = [0; 4096];
-    loop {
-        let count = inner.read(&mut piece)?;
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let searched = bytes.len().saturating_sub(3);
-        bytes.extend_from_slice(piece.get(..count).unwrap_or_default());
-        let end = bytes.windows(4).skip(searched).position(|window| window == b"\r\n\r\n");
-        if let Some(end) = end {
-            let body_start = bytes.split_off(searched + end + 4);
-            bytes.truncate(searched + end + 2);
-            let text = String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData)?;
-            let body_start_length = body_start.len();
-            return Ok(AnswerHead { text, body_start, body_start_length });
-        }
-        if bytes.len() > MAX_ANSWER_HEAD {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-    }
+    /// Bytes of the body that are still to be read.
+    body_left: usize,
 }
 
 impl AnswerHead {
+    /// Reads the answer to `head`.
+    fn read(inner: &mut UnixStream, head: &Head) -> io::Result<Self> {
+        let mut bytes = Vec::with_capacity(1024);
+        let mut piece = [0; 4096];
+        while bytes.len() <= MAX_ANSWER_HEAD {
+            let count = inner.read(&mut piece)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let searched = bytes.len().saturating_sub(3);
+            bytes.extend_from_slice(piece.get(..count).unwrap_or_default());
+            let end = bytes.windows(4).skip(searched).position(|window| window == b"\r\n\r\n");
+            if let Some(end) = end {
+                let body_start = bytes.split_off(searched + end + 4);
+                bytes.truncate(searched + end + 2);
+                let text = String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+                let mut answer = Self { text, body_start, body_left: 0 };
+                // More than its length would be taken for the beginning of the next answer.
+                let left = answer.body_length(head).checked_sub(answer.body_start.len());
+                answer.body_left = left.ok_or(io::ErrorKind::InvalidData)?;
+                return Ok(answer);
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
+
     fn has_no_content(&self) -> bool {
         self.text.get(9..12) == Some("204")
     }

@@ -1,0 +1,146 @@
+//! Its directory, its signals, its end.
+
+use std::io::Write;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use super::common::{Answer, Daemon};
+use super::{CONNECTIONS, Connection, NODE, Site, half_close, hang, names};
+
+#[test]
+fn the_inner_socket_is_private_and_goes_with_the_daemon() {
+    let mut daemon = Daemon::start(&[]);
+    let before = names(daemon.directory());
+    let [inner] = &before[..] else { panic!("one directory, not {before:?}") };
+    let inner = daemon.directory().join(inner);
+    assert_eq!(inner.metadata().unwrap().permissions().mode() & 0o7777, 0o700);
+    assert_eq!(names(&inner), ["http.sock"]);
+    assert!(inner.join("http.sock").metadata().unwrap().file_type().is_socket());
+    assert_eq!(daemon.get("/i/node").status, 200);
+    let sockets = std::fs::read_to_string(format!("/proc/{}/net/unix", daemon.pid())).unwrap();
+    // Abstract names would show as @…, among those of the whole machine: ours would hold our path
+    // or be held by us.
+    let own: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))
+        .unwrap()
+        .filter_map(|entry| {
+            std::fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok()
+        })
+        .filter_map(|target| Some(target.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    for line in sockets.lines() {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        if fields.get(6).is_some_and(|inode| own.iter().any(|own| own == inode)) {
+            assert!(fields.get(7).is_none_or(|path| !path.starts_with('@')), "abstract: {line}");
+        }
+    }
+    daemon.signal("TERM");
+    assert!(daemon.wait().success());
+    assert!(!inner.exists());
+    assert_eq!(names(daemon.directory()), [""; 0]);
+}
+
+#[test]
+fn what_is_under_way_is_answered_before_the_end() {
+    for mut site in Site::both(&[]) {
+        let _openvpn = hang(&site.daemon);
+        let mut idle = site.connect();
+        assert_eq!(idle.ask(NODE).status, 200);
+        let mut busy = site.connect();
+        busy.write_all(CONNECTIONS.as_bytes()).unwrap();
+        busy.flush().unwrap();
+        // It is with the backend once that has a connection.
+        thread::sleep(Duration::from_millis(500));
+        let address = site.daemon.address;
+        site.daemon.signal("TERM");
+        site.daemon.wait_for_log("stopping");
+        idle.ends();
+        let answer = Answer::read(&mut *busy, false).unwrap();
+        assert_eq!(answer.status, 504, "{answer:?}");
+        assert_eq!(answer.header("Connection"), Some("close"));
+        busy.ends();
+        drop(busy);
+        assert_eq!(site.daemon.wait().code(), Some(0));
+        assert!(std::net::TcpStream::connect(address).is_err());
+    }
+}
+
+#[test]
+fn the_end_waits_for_nobody_who_has_not_asked() {
+    let mut daemon = Daemon::start(&[]);
+    let silent = daemon.connect();
+    let mut half = daemon.connect();
+    half.write_all(&NODE.as_bytes()[..20]).unwrap();
+    let mut closing = daemon.connect();
+    assert_eq!(closing.ask(&NODE.replace("Host", "Connection: close\r\nHost")).status, 200);
+    daemon.signal("INT");
+    assert_eq!(daemon.wait().code(), Some(0));
+    drop((silent, half, closing));
+}
+
+/// tiny_http cannot live without descriptors. The daemon that has lost it must end, so that it is
+/// started again: whether `accept` itself failed, or what tiny_http does after it.
+#[test]
+fn a_daemon_without_its_http_server_ends() {
+    for spare in [1, 2] {
+        let mut daemon = Daemon::start(&[]);
+        let mut connection = daemon.connect();
+        // Its thread holds it when it has asked for more.
+        connection.write_all(b"GET /i/node HTTP/1.1\r\n").unwrap();
+        let mut other = daemon.connect();
+        other.write_all(b"GET /i/node HTTP/1.1\r\n").unwrap();
+        thread::sleep(Duration::from_millis(300));
+        let files = daemon.open_files() + spare;
+        let limit = format!("--nofile={files}:{files}");
+        let prlimit =
+            Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), &limit]).status();
+        assert!(prlimit.unwrap().success());
+        for connection in [&mut connection, &mut other] {
+            connection.write_all(b"Host: n\r\n\r\n").unwrap();
+            let answer = Answer::read(connection, false);
+            // It may be gone before it could say so.
+            assert!(
+                answer.as_ref().is_ok_and(|answer| answer.status >= 500) || answer.is_err(),
+                "{answer:?}"
+            );
+        }
+        let line = daemon.wait_for_log("the HTTP server has given up");
+        assert!(!line.is_empty());
+        assert_eq!(daemon.wait().code(), Some(1), "{spare}");
+        assert_eq!(names(daemon.directory()), [""; 0], "{spare}");
+    }
+}
+
+/// The log names who asked, by what the front door knows; what the client says does not count.
+#[test]
+fn forged_names_are_not_believed() {
+    for site in Site::both(&[]) {
+        let directory = site.daemon.directory().join("openvpn");
+        std::fs::create_dir(&directory).unwrap();
+        let socket = std::os::unix::net::UnixListener::bind(directory.join("one.sock")).unwrap();
+        let openvpn = thread::spawn(move || {
+            use std::io::{BufRead, BufReader};
+            let (stream, _) = socket.accept().unwrap();
+            (&stream).write_all(b">INFO:OpenVPN Management Interface Version 5\r\n").unwrap();
+            let mut line = String::new();
+            BufReader::new(&stream).read_line(&mut line).unwrap();
+            assert!(line.starts_with("kill "), "{line:?}");
+            let found = "SUCCESS: common name 'x' found, 1 client(s) killed\r\n";
+            (&stream).write_all(found.as_bytes()).unwrap();
+        });
+        let forged = "X-Vpn-Daemon-Client: 192.0.2.66:666\r\nx-vpn-daemon-client-name: mallory\r\n\
+                      X-Forwarded-For: 192.0.2.66\r\nForwarded: for=192.0.2.66\r\n";
+        let request = super::post("/o/disconnect_client", "common_name=x");
+        let mut connection = site.connect();
+        let own = connection.socket().local_addr().unwrap();
+        assert_eq!(connection.ask(&request.replace("Host", &format!("{forged}Host"))).status, 204);
+        openvpn.join().unwrap();
+        let line = site.daemon.wait_for_log("asked by");
+        let who = if site.client.is_some() { format!("portal at {own}") } else { own.to_string() };
+        assert!(line.ends_with(&format!("asked by {who}")), "{line}");
+        let log = site.daemon.log().concat();
+        assert!(!log.contains("mallory") && !log.contains("192.0.2.66"), "{log}");
+        half_close(&*connection);
+    }
+}
