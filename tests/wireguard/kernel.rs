@@ -5,7 +5,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use vpn_daemon::wireguard::{AllowedIp, PublicKey, WireGuard};
+use vpn_daemon::wireguard::{AllowedIp, Error, PublicKey, WireGuard};
+use wireguard_uapi::WgSocket;
+use wireguard_uapi::linux::set::{self, WgPeerF};
 
 use crate::cases::{block, ips, key, texts};
 use crate::devices::{Device, Kind, command, input, soon, unused_name};
@@ -53,24 +55,31 @@ fn ten_thousand_peers(kind: Kind) {
 }
 
 /// The kernel ends a dump early when the peer that it stands at goes away. Peers that stay are
-/// mixed with peers that go, one after another, until none is left; and so on for 20 s.
+/// mixed with peers that go, half of them at a time; and so on for 20 s.
 fn dumps_while_peers_change(kind: Kind) {
     let device = Device::new(kind);
     let end = Instant::now() + Duration::from_secs(20);
     let mut dumps = Dumps::default();
+    let mut round = 0;
     while Instant::now() < end {
         let (mut all, mut staying) = (Peers::new(), Peers::new());
-        for n in 0..100 {
+        for n in 0..200 {
             all.push((key(n), block(n, 1)));
-            let count = if n % 20 == 0 { 200 } else { 2 };
-            staying.push((key(1000 + n), block(100_000 + n * 200, count)));
+            staying
+                .push((key(1000 + n), block(100_000 + n * 200, if n % 40 == 0 { 200 } else { 2 })));
             all.extend(staying.last().cloned());
         }
         device.load(all);
+        round += 1;
         dumps.watch(&device.wireguard, &staying, || {
-            for n in (0..100).take_while(|_| Instant::now() < end) {
-                device.wg(&["peer", &key(n).to_string(), "remove"]);
-                let newcomer = key(10_000 + n).to_string();
+            let mut other = WgSocket::connect().unwrap();
+            for half in 0..2 {
+                std::thread::sleep(Duration::from_millis(30 + 17 * (round % 10)));
+                let going: Vec<PublicKey> = (0..100).map(|n| key(2 * n + half)).collect();
+                let remove = |key| set::Peer::from_public_key(key).flags(vec![WgPeerF::RemoveMe]);
+                let peers = going.iter().map(|key| remove(key.as_bytes())).collect();
+                other.set_device(set::Device::from_ifname(&device.name).peers(peers)).unwrap();
+                let newcomer = key(10_000 + half).to_string();
                 device.wg(&["peer", &newcomer, "allowed-ips", "10.200.0.1/32"]);
             }
         });
@@ -81,15 +90,22 @@ fn dumps_while_peers_change(kind: Kind) {
 /// The kernel leaves out the rest of a peer's allowed IPs when any allowed IP has changed.
 fn dumps_while_allowed_ips_change(kind: Kind) {
     let device = Device::new(kind);
-    let staying: Peers = (0..8).map(|n| (key(n), block(n * 200, 150))).collect();
+    let staying: Peers = (0..20).map(|n| (key(n), block(n * 200, 150))).collect();
     device.load(staying.clone());
     let end = Instant::now() + Duration::from_secs(10);
     let mut dumps = Dumps::default();
     dumps.watch(&device.wireguard, &staying, || {
-        let other = key(1000).to_string();
-        while Instant::now() < end {
-            for list in ["10.200.0.1/32,10.200.0.2/32", "10.200.0.1/32"] {
-                device.wg(&["peer", &other, "allowed-ips", list]);
+        let mut other = WgSocket::connect().unwrap();
+        let (changing, addresses) = (key(1000), ["10.200.0.1", "10.200.0.2"]);
+        for round in (0..).take_while(|_| Instant::now() < end) {
+            let ipaddr = addresses[round % 2].parse().unwrap();
+            let peer = set::Peer::from_public_key(changing.as_bytes())
+                .flags(vec![WgPeerF::ReplaceAllowedIps])
+                .allowed_ips(vec![set::AllowedIp::from_ipaddr(&ipaddr)]);
+            other.set_device(set::Device::from_ifname(&device.name).peers(vec![peer])).unwrap();
+            // Bursts hit every dump that they meet, pauses let some through.
+            if round % 60 == 0 {
+                std::thread::sleep(Duration::from_millis(300));
             }
         }
     });
