@@ -131,7 +131,7 @@ pub(super) struct Difference {
 pub struct Synced {
     /// New peers, in the order of the list.
     pub added: Vec<PublicKey>,
-    /// Peers whose allowed IPs were replaced, in the device's order.
+    /// Peers whose allowed IPs were replaced, in the order of the list.
     pub updated: Vec<PublicKey>,
     /// Peers that are gone, with their final counters, in the device's order.
     pub removed: Vec<Peer>,
@@ -161,6 +161,7 @@ impl Difference {
                 _ => difference.updated.push(found),
             }
         }
+        difference.updated.sort_unstable();
         let unseen = seen.iter().enumerate().filter(|(_, seen)| !**seen);
         difference.added = unseen.map(|(place, _)| place).collect();
         difference
