@@ -14,6 +14,7 @@ pub mod routes;
 pub mod server;
 pub mod systemd;
 pub mod tls;
+pub mod uploads;
 pub mod wireguard;
 
 use std::fmt;
@@ -145,6 +146,7 @@ fn serve(options: Options) -> Result<(), Error> {
         wireguard: wireguard::WireGuard::new(options.wg_device),
         openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
         cpu_count: node::cpu_count(),
+        uploads: uploads::Uploads::default(),
     };
     let http = Server::start(inner_listener, node, failed)
         .map_err(Error::start("start the HTTP server"))?;

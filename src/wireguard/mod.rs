@@ -3,6 +3,7 @@
 mod error;
 mod kernel;
 mod reply;
+mod sync;
 mod turns;
 mod types;
 mod userspace;
@@ -11,6 +12,7 @@ mod witness;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,8 +21,10 @@ use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use nix::sys::signal::SigSet;
 
-pub use error::Error;
+pub use error::{Error, SyncError};
 use kernel::Kernel;
+use sync::Difference;
+pub use sync::{Conflict, Synced, Wanted, WantedBuilder};
 use turns::Turns;
 pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
 use userspace::Userspace;
@@ -41,11 +45,26 @@ pub struct WireGuard {
 
 /// What a kernel device and a userspace device can both do, within a deadline.
 trait Backend {
-    /// All peers.
-    fn peers(&self) -> Result<Vec<Peer>, Error>;
-    /// Applies the changes, removals first. What has begun before the deadline is finished, so that
-    /// no peer is left with half of its allowed IPs.
-    fn apply(&self, changes: &[Change]) -> Result<(), Error>;
+    /// Name of the device.
+    fn device(&self) -> &DeviceName;
+    /// The device as it is now.
+    fn snapshot(&self) -> Result<Snapshot, Error>;
+    /// Applies the changes, removals first, and counts those that are known to be applied. `before`
+    /// is the device as it is now, where the caller knows. A change that has begun before the
+    /// deadline is finished, so that no peer is left with half of its allowed IPs.
+    fn apply(
+        &self,
+        changes: &[Change],
+        before: Option<&Snapshot>,
+        applied: &AtomicUsize,
+    ) -> Result<(), Error>;
+}
+
+/// A device at one moment.
+struct Snapshot {
+    /// Its own public key; wireguard-go does not tell.
+    own_key: Option<PublicKey>,
+    peers: Vec<Peer>,
 }
 
 /// A change to a device.
@@ -69,7 +88,7 @@ impl WireGuard {
 
     /// All peers. Answers or fails by `deadline`.
     pub fn peers(&self, deadline: Instant) -> Result<Vec<Peer>, Error> {
-        self.run(deadline, |backend| backend.peers())
+        self.run(deadline, |backend| Ok(backend.snapshot()?.peers))
     }
 
     /// Adds the peer, or replaces the allowed IPs of the one that exists and leaves its session,
@@ -82,19 +101,62 @@ impl WireGuard {
         deadline: Instant,
     ) -> Result<(), Error> {
         let (key, allowed_ips) = (*key, allowed_ips.to_vec());
-        self.run(deadline, move |backend| backend.apply(&[Change::Set(&key, &allowed_ips)]))
+        self.run(deadline, move |backend| {
+            backend.apply(&[Change::Set(&key, &allowed_ips)], None, &AtomicUsize::new(0))
+        })
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
     pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
         let key = *key;
         self.run(deadline, move |backend| {
-            let peer = backend.peers()?.into_iter().find(|peer| peer.public_key == key);
-            if peer.is_some() {
-                backend.apply(&[Change::Remove(&key)])?;
+            let before = backend.snapshot()?;
+            if before.peers.iter().any(|peer| peer.public_key == key) {
+                backend.apply(&[Change::Remove(&key)], Some(&before), &AtomicUsize::new(0))?;
             }
-            Ok(peer)
+            Ok(before.peers.into_iter().find(|peer| peer.public_key == key))
         })
+    }
+
+    /// Makes these the device's only peers, each with exactly these allowed IPs. Peers that are
+    /// right already are not touched. With `dry_run`, nothing is changed.
+    ///
+    /// What fails half-way leaves whole peers; the same call again does the rest.
+    pub fn sync_peers(
+        &self,
+        wanted: Wanted,
+        dry_run: bool,
+        deadline: Instant,
+    ) -> Result<Synced, SyncError> {
+        // How many changes there are, and how many are applied.
+        let progress = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+        let shared = Arc::clone(&progress);
+        let failed = move |cause, done| {
+            let changes = progress.0.load(Ordering::Relaxed);
+            SyncError { cause, changes, applied: progress.1.load(Ordering::Relaxed), done }
+        };
+        let result = self.run(deadline, move |backend| {
+            let before = backend.snapshot()?;
+            if let Some(own_key) = before.own_key.filter(|key| wanted.contains(key)) {
+                return Err(Error::OwnKey(backend.device().clone(), own_key));
+            }
+            let mut difference = Difference::new(&before.peers, &wanted);
+            let mut failure = None;
+            if !dry_run {
+                let changes = difference.changes(&before.peers, &wanted);
+                shared.0.store(changes.len(), Ordering::Relaxed);
+                failure = backend.apply(&changes, Some(&before), &shared.1).err();
+            }
+            if failure.is_some() {
+                difference.truncate(shared.1.load(Ordering::Relaxed));
+            }
+            Ok((failure, difference.into_synced(before.peers, &wanted)))
+        });
+        match result {
+            Ok((None, synced)) => Ok(synced),
+            Ok((Some(cause), done)) => Err(failed(cause, Box::new(done))),
+            Err(cause) => Err(failed(cause, Box::default())),
+        }
     }
 
     /// Runs an operation on a thread of its own, which keeps the turn until it ends: the kernel may

@@ -7,18 +7,12 @@ use std::time::SystemTime;
 
 use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
 
-use super::{Peer, PublicKey};
+use super::{Peer, PublicKey, Snapshot};
 
 /// The longest line and the longest answer that are read. A line holds a key or an address; a
 /// peer takes some 400 bytes.
 const LINE_LIMIT: u64 = 1024;
 const REPLY_LIMIT: u64 = 64 << 20;
-
-/// What `get=1` says. boringtun alone tells its own key.
-pub(super) struct Device {
-    pub(super) own_key: Option<PublicKey>,
-    pub(super) peers: Vec<Peer>,
-}
 
 /// The lines of an answer as the crate's parser can take them: only the keys that are needed (it
 /// refuses unknown ones), after a `listen_port` (it panics without), with the handshake times
@@ -103,11 +97,11 @@ fn parse_hex_key(text: &str) -> Option<PublicKey> {
     Some(key.into())
 }
 
-/// Parses the answer to `get=1`.
+/// Parses the answer to `get=1`. boringtun alone tells its own key.
 pub(super) fn parse_device(
     reader: impl BufRead,
     now: SystemTime,
-) -> Result<Device, ParseGetResponseError> {
+) -> Result<Snapshot, ParseGetResponseError> {
     let mut lines = Lines::new(reader);
     let device = parse(&mut lines)?;
     let malformed = || {
@@ -123,7 +117,7 @@ pub(super) fn parse_device(
             *time = now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
         }
     }
-    Ok(Device { own_key: lines.own_key, peers })
+    Ok(Snapshot { own_key: lines.own_key, peers })
 }
 
 /// Parses the answer to `set=1`.
@@ -143,7 +137,7 @@ mod tests {
         "662E14FD594556F522604703340351258903B64F35553763F19426AB2A515C58",
     ];
 
-    fn parse_text(text: &str) -> Result<Device, ParseGetResponseError> {
+    fn parse_text(text: &str) -> Result<Snapshot, ParseGetResponseError> {
         parse_device(text.as_bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000))
     }
 

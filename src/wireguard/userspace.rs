@@ -2,10 +2,12 @@
 //!
 //! The text protocol is that of <https://www.wireguard.com/xplatform/>.
 
+use std::collections::{HashMap, HashSet};
 use std::io::{self, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,8 +18,11 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use wireguard_uapi::xplatform::parser::ParseGetResponseError;
 use wireguard_uapi::xplatform::set;
 
-use super::reply::{Device, parse_device, parse_status};
-use super::{Backend, Change, DeviceName, Error, Peer, PublicKey};
+use super::reply::{parse_device, parse_status};
+use super::{Backend, Change, DeviceName, Error, PublicKey, Snapshot};
+
+/// The peers in one request: so many that the process answers well before the deadline.
+const REQUEST_PEERS: usize = 1000;
 
 /// The process behind the device's socket, until the deadline.
 pub(super) struct Userspace<'a> {
@@ -32,52 +37,74 @@ pub(super) fn socket_path(device: &DeviceName) -> PathBuf {
 }
 
 impl Backend for Userspace<'_> {
-    fn peers(&self) -> Result<Vec<Peer>, Error> {
-        self.get().map(|device| device.peers)
+    fn device(&self) -> &DeviceName {
+        self.device
     }
 
-    fn apply(&self, changes: &[Change]) -> Result<(), Error> {
-        let before = self.get()?;
+    fn snapshot(&self) -> Result<Snapshot, Error> {
+        let reader = self.exchange("get=1\n\n")?;
+        parse_device(reader, SystemTime::now()).map_err(|error| self.parse_error(error))
+    }
+
+    fn apply(
+        &self,
+        changes: &[Change],
+        before: Option<&Snapshot>,
+        applied: &AtomicUsize,
+    ) -> Result<(), Error> {
+        let fresh = before.is_none().then(|| self.snapshot()).transpose()?;
+        let Some(before) = before.or(fresh.as_ref()) else { return Ok(()) };
         let is_boringtun = before.own_key.is_some();
-        let find = |key: &PublicKey| before.peers.iter().find(|peer| peer.public_key == *key);
-        let (mut removed, mut set, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        let present = before.peers.iter().map(|peer| (&peer.public_key, &peer.allowed_ips));
+        let present: HashMap<_, _> = present.collect();
+        let mut added = false;
         for change in changes {
             match *change {
-                Change::Remove(key) => removed.push(*key),
                 Change::Set(key, _) if Some(*key) == before.own_key => {
                     return Err(Error::OwnKey(self.device.clone(), *key));
                 }
-                Change::Set(key, allowed_ips) => {
-                    match find(key) {
-                        None => added.push(*key),
+                Change::Set(key, _) => added |= !present.contains_key(key),
+                Change::Remove(_) => {}
+            }
+        }
+        for batch in changes.chunks(REQUEST_PEERS) {
+            let (mut removed, mut set) = (Vec::new(), Vec::new());
+            for change in batch {
+                match *change {
+                    Change::Remove(key) => removed.push(*key),
+                    Change::Set(key, allowed_ips) => {
                         // boringtun panics when a peer that exists is changed.
-                        Some(peer) if is_boringtun => {
-                            if same_set(&peer.allowed_ips, allowed_ips) {
+                        if is_boringtun && let Some(now) = present.get(key) {
+                            if same_set(now, allowed_ips) {
                                 continue;
                             }
                             removed.push(*key);
                         }
-                        Some(_) => {}
+                        let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
+                            ipaddr: *ip.address(),
+                            cidr_mask: ip.prefix_len(),
+                        });
+                        let peer =
+                            set::Peer::from_public_key(*key.as_bytes()).replace_allowed_ips(true);
+                        set.push(peer.allowed_ips(allowed_ips.collect()));
                     }
-                    let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
-                        ipaddr: *ip.address(),
-                        cidr_mask: ip.prefix_len(),
-                    });
-                    let peer =
-                        set::Peer::from_public_key(*key.as_bytes()).replace_allowed_ips(true);
-                    set.push(peer.allowed_ips(allowed_ips.collect()));
                 }
             }
+            // Two requests: boringtun applies `remove` to all further peers of a request.
+            let remove = |key: PublicKey| set::Peer::from_public_key(*key.as_bytes()).remove(true);
+            self.set(removed.into_iter().map(remove).collect())?;
+            self.set(set)?;
+            applied.fetch_add(batch.len(), Ordering::Relaxed);
         }
-        // Two requests: boringtun applies `remove` to all further peers of a request.
-        let remove = |key: PublicKey| set::Peer::from_public_key(*key.as_bytes()).remove(true);
-        self.set(removed.into_iter().map(remove).collect())?;
-        self.set(set)?;
         // wireguard-go silently ignores a peer with the device's own key.
-        if !added.is_empty() && !is_boringtun {
-            let after = self.get()?;
-            let listed = |key: &PublicKey| after.peers.iter().any(|peer| peer.public_key == *key);
-            if let Some(key) = added.into_iter().find(|key| !listed(key)) {
+        if added && !is_boringtun {
+            let after = self.snapshot()?;
+            let listed: HashSet<_> = after.peers.iter().map(|peer| &peer.public_key).collect();
+            let missing = changes.iter().find_map(|change| match change {
+                Change::Set(key, _) if !listed.contains(key) => Some(**key),
+                _ => None,
+            });
+            if let Some(key) = missing {
                 return Err(Error::NotAdded(self.device.clone(), key));
             }
         }
@@ -98,11 +125,6 @@ fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
 impl<'a> Userspace<'a> {
     pub(super) fn new(device: &'a DeviceName, deadline: Instant) -> Self {
         Self { device, path: socket_path(device), deadline }
-    }
-
-    fn get(&self) -> Result<Device, Error> {
-        let reader = self.exchange("get=1\n\n")?;
-        parse_device(reader, SystemTime::now()).map_err(|error| self.parse_error(error))
     }
 
     fn set(&self, peers: Vec<set::Peer>) -> Result<(), Error> {
@@ -214,6 +236,8 @@ mod tests {
     use std::path::Path;
     use std::thread;
 
+    use super::super::Peer;
+
     /// A socket of its own for a test.
     fn listen(name: &str) -> (PathBuf, UnixListener) {
         let path = std::env::temp_dir().join(format!("wg-{}-{name}.sock", std::process::id()));
@@ -225,7 +249,9 @@ mod tests {
     fn peers(path: &Path) -> Result<Vec<Peer>, Error> {
         let device = "wg0".parse().unwrap();
         let deadline = Instant::now() + Duration::from_millis(300);
-        Userspace { device: &device, path: path.to_owned(), deadline }.peers()
+        Userspace { device: &device, path: path.to_owned(), deadline }
+            .snapshot()
+            .map(|now| now.peers)
     }
 
     #[test]

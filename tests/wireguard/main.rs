@@ -12,6 +12,7 @@ mod common;
 mod devices;
 mod guest;
 mod kernel;
+mod sync_cases;
 #[path = "../vm/mod.rs"]
 mod vm;
 
@@ -27,19 +28,21 @@ type Case = (&'static str, fn(Kind));
 
 #[test]
 fn wireguard_go() {
-    run(Kind::WireguardGo, &[cases::COMMON, cases::SESSION, cases::PROCESS]);
+    run(Kind::WireguardGo, &[cases::COMMON, sync_cases::COMMON, cases::SESSION, cases::PROCESS]);
 }
 
 #[test]
 fn boringtun() {
-    run(Kind::Boringtun, &[cases::COMMON, cases::PROCESS]);
+    run(Kind::Boringtun, &[cases::COMMON, sync_cases::COMMON, cases::PROCESS]);
 }
 
 /// On the host this boots a machine that runs this very test; in the machine it is the cases.
 #[test]
 fn kernel() {
     match std::env::var("ROLE").as_deref() {
-        Ok(guest::ROLE) => run(Kind::Kernel, &[cases::COMMON, cases::SESSION, kernel::CASES]),
+        Ok(guest::ROLE) => {
+            run(Kind::Kernel, &[cases::COMMON, sync_cases::COMMON, cases::SESSION, kernel::CASES])
+        }
         Ok(kernel::UNPRIVILEGED) => kernel::unprivileged(),
         Ok(role) => panic!("unknown ROLE {role}"),
         Err(_) => guest::run(&std::env::current_exe().unwrap(), "kernel"),
