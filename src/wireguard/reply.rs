@@ -5,6 +5,7 @@
 use std::io::{self, BufRead, Read};
 use std::time::SystemTime;
 
+use wireguard_uapi::get;
 use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
 
 use super::{Peer, PublicKey, Snapshot};
@@ -24,11 +25,14 @@ struct Lines<R> {
     inserted: Vec<&'static str>,
     own_key: Option<PublicKey>,
     has_status: bool,
+    /// Whether the peers' secrets and settings are needed as well.
+    with_settings: bool,
 }
 
 impl<R: BufRead> Lines<R> {
-    fn new(reader: R) -> Self {
-        Self { reader, read: 0, inserted: vec!["listen_port=0"], own_key: None, has_status: false }
+    fn new(reader: R, with_settings: bool) -> Self {
+        let inserted = vec!["listen_port=0"];
+        Self { reader, read: 0, inserted, own_key: None, has_status: false, with_settings }
     }
 
     fn read_line(&mut self) -> io::Result<String> {
@@ -72,6 +76,11 @@ impl<R: BufRead> Lines<R> {
                 | "tx_bytes"
                 | "last_handshake_time_sec"
                 | "last_handshake_time_nsec" => return Ok(line),
+                "preshared_key" | "endpoint" | "persistent_keepalive_interval"
+                    if self.with_settings =>
+                {
+                    return Ok(line);
+                }
                 _ => {}
             }
         }
@@ -102,7 +111,7 @@ pub(super) fn parse_device(
     reader: impl BufRead,
     now: SystemTime,
 ) -> Result<Snapshot, ParseGetResponseError> {
-    let mut lines = Lines::new(reader);
+    let mut lines = Lines::new(reader, false);
     let device = parse(&mut lines)?;
     let malformed = || {
         let error = io::Error::new(io::ErrorKind::InvalidData, "it has an impossible allowed IP");
@@ -120,9 +129,17 @@ pub(super) fn parse_device(
     Ok(Snapshot { own_key: lines.own_key, peers })
 }
 
+/// Parses the answer to `get=1`, the peers' preshared keys, endpoints and keepalives included: what
+/// is needed to add a peer again as it was. Not to be logged.
+pub(super) fn parse_settings(
+    reader: impl BufRead,
+) -> Result<Vec<get::Peer>, ParseGetResponseError> {
+    parse(&mut Lines::new(reader, true)).map(|device| device.peers)
+}
+
 /// Parses the answer to `set=1`.
 pub(super) fn parse_status(reader: impl BufRead) -> Result<(), ParseGetResponseError> {
-    parse(&mut Lines::new(reader)).map(drop)
+    parse(&mut Lines::new(reader, false)).map(drop)
 }
 
 #[cfg(test)]

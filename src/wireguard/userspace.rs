@@ -15,10 +15,11 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use wireguard_uapi::get;
 use wireguard_uapi::xplatform::parser::ParseGetResponseError;
 use wireguard_uapi::xplatform::set;
 
-use super::reply::{parse_device, parse_status};
+use super::reply::{parse_device, parse_settings, parse_status};
 use super::{Backend, Change, DeviceName, Error, PublicKey, Snapshot};
 
 /// The peers in one request: so many that the process answers well before the deadline.
@@ -67,32 +68,44 @@ impl Backend for Userspace<'_> {
                 Change::Remove(_) => {}
             }
         }
+        // boringtun panics when a peer that exists is changed: it is removed, and added as it was.
+        let replaced = |change: &Change| match *change {
+            Change::Set(key, wanted) if is_boringtun => {
+                present.get(key).is_some_and(|now| !same_set(now, wanted))
+            }
+            _ => false,
+        };
+        let settings = match changes.iter().any(replaced) {
+            true => self.settings()?,
+            false => HashMap::new(),
+        };
         for batch in changes.chunks(REQUEST_PEERS) {
             let (mut removed, mut set) = (Vec::new(), Vec::new());
             for change in batch {
                 match *change {
                     Change::Remove(key) => removed.push(*key),
                     Change::Set(key, allowed_ips) => {
-                        // boringtun panics when a peer that exists is changed.
-                        if is_boringtun && let Some(now) = present.get(key) {
-                            if same_set(now, allowed_ips) {
-                                continue;
-                            }
-                            removed.push(*key);
-                        }
                         let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
                             ipaddr: *ip.address(),
                             cidr_mask: ip.prefix_len(),
                         });
-                        let peer =
-                            set::Peer::from_public_key(*key.as_bytes()).replace_allowed_ips(true);
-                        set.push(peer.allowed_ips(allowed_ips.collect()));
+                        let peer = set::Peer::from_public_key(*key.as_bytes())
+                            .replace_allowed_ips(true)
+                            .allowed_ips(allowed_ips.collect());
+                        match settings.get(key) {
+                            Some(old) if replaced(change) => {
+                                // Requests of its own: boringtun applies what one peer of a
+                                // request has, `remove` among it, to all that follow.
+                                self.set(vec![removal(*key)])?;
+                                self.set(vec![with_settings(peer, old)])?;
+                            }
+                            _ if is_boringtun && present.contains_key(key) => {}
+                            _ => set.push(peer),
+                        }
                     }
                 }
             }
-            // Two requests: boringtun applies `remove` to all further peers of a request.
-            let remove = |key: PublicKey| set::Peer::from_public_key(*key.as_bytes()).remove(true);
-            self.set(removed.into_iter().map(remove).collect())?;
+            self.set(removed.into_iter().map(removal).collect())?;
             self.set(set)?;
             applied.fetch_add(batch.len(), Ordering::Relaxed);
         }
@@ -112,6 +125,21 @@ impl Backend for Userspace<'_> {
     }
 }
 
+fn removal(key: PublicKey) -> set::Peer {
+    set::Peer::from_public_key(*key.as_bytes()).remove(true)
+}
+
+/// `peer` with what else is known of it.
+fn with_settings(peer: set::Peer, old: &get::Peer) -> set::Peer {
+    set::Peer {
+        preshared_key: Some(old.preshared_key).filter(|key| *key != [0; 32]),
+        endpoint: old.endpoint,
+        persistent_keepalive_interval: Some(old.persistent_keepalive_interval)
+            .filter(|seconds| *seconds != 0),
+        ..peer
+    }
+}
+
 /// Whether both hold the same, in whatever order.
 fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
     let (mut left, mut right) = (left.to_vec(), right.to_vec());
@@ -125,6 +153,13 @@ fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
 impl<'a> Userspace<'a> {
     pub(super) fn new(device: &'a DeviceName, deadline: Instant) -> Self {
         Self { device, path: socket_path(device), deadline }
+    }
+
+    /// What is known of each peer, secrets among it.
+    fn settings(&self) -> Result<HashMap<PublicKey, get::Peer>, Error> {
+        let peers = parse_settings(self.exchange("get=1\n\n")?);
+        let peers = peers.map_err(|error| self.parse_error(error))?;
+        Ok(peers.into_iter().map(|peer| (peer.public_key.into(), peer)).collect())
     }
 
     fn set(&self, peers: Vec<set::Peer>) -> Result<(), Error> {

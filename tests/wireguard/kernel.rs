@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use vpn_daemon::wireguard::{AllowedIp, PublicKey, WireGuard};
+use vpn_daemon::wireguard::{AllowedIp, Error, PublicKey, WireGuard};
 use wireguard_uapi::WgSocket;
 use wireguard_uapi::linux::set::{self, WgPeerF};
 
