@@ -3,7 +3,7 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check test
+.PHONY: build check test install deb rpm test-system
 
 build:
 	$(CARGO) build --release --locked
@@ -14,4 +14,50 @@ check:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
 test:
+	tests/install-deps
 	$(CARGO) test --locked
+
+# Whose group reaches the OpenVPN sockets, and where the default file is: deb or rpm.
+DISTRO ?= $(if $(wildcard /etc/debian_version),deb,rpm)
+DEFAULTS = $(if $(filter deb,$(DISTRO)),/etc/default,/etc/sysconfig)
+PLACE = sed -e 's|/usr/sbin/|$(PREFIX)/sbin/|' -e 's|/usr/libexec/|$(PREFIX)/libexec/|'
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+
+# As the packages do, without the file lists that `make deb` and `make rpm` keep for a clean removal.
+install:
+	test -x target/release/vpn-daemon || $(MAKE) build
+	install -Dm755 target/release/vpn-daemon $(DESTDIR)$(PREFIX)/sbin/vpn-daemon
+	install -Dm755 systemd/renew-credentials $(DESTDIR)$(PREFIX)/libexec/vpn-daemon/renew-credentials
+	install -Dm644 systemd/vpn-daemon.socket $(UNITS)/vpn-daemon.socket
+	$(PLACE) systemd/vpn-daemon.service >$(UNITS)/vpn-daemon.service
+	install -Dm644 systemd/$(DISTRO)/openvpn-group.conf $(UNITS)/vpn-daemon.service.d/openvpn-group.conf
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/tmpfiles.d tmpfiles.d/vpn-daemon.conf \
+		$(if $(filter deb,$(DISTRO)),tmpfiles.d/vpn-daemon-openvpn.conf)
+	$(if $(filter rpm,$(DISTRO)),install -Dm644 systemd/rpm/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/vpn-daemon.conf)
+	install -Dm644 man/vpn-daemon.8 $(DESTDIR)$(PREFIX)/share/man/man8/vpn-daemon.8
+	test -e $(DESTDIR)$(DEFAULTS)/vpn-daemon || install -Dm644 systemd/vpn-daemon.default $(DESTDIR)$(DEFAULTS)/vpn-daemon
+
+# The profile is there for tests alone: make deb PROFILE=package-test
+PROFILE ?= release
+TOOLS = target/tools/bin
+
+$(TOOLS)/%:
+	$(CARGO) install --locked --root target/tools $*
+
+deb: $(TOOLS)/cargo-deb
+	$(TOOLS)/cargo-deb --locked --profile $(PROFILE) --output target/debian/
+
+rpm: $(TOOLS)/cargo-generate-rpm
+	$(CARGO) build --locked --profile $(PROFILE)
+	mkdir -p target/generate-rpm
+	gzip -9n <man/vpn-daemon.8 >target/vpn-daemon.8.gz
+	$(TOOLS)/cargo-generate-rpm --profile $(PROFILE) --auto-req builtin --output target/generate-rpm/
+
+# Boots a Debian with systemd in QEMU and installs the package there; as root.
+test-system:
+	tests/system/run
+
+# Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
+.PHONY: demo
+demo:
+	@CARGO="$(CARGO)" KEEP="$(KEEP)" tests/demo

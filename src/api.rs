@@ -1,7 +1,15 @@
 //! The wire: what the portal reads, under the portal's names; errors become a status and a
 //! sentence.
 
+mod stream;
+mod sync_body;
+
+use std::fmt::Display;
+
 use serde::{Serialize, Serializer};
+
+pub use stream::Stream;
+pub use sync_body::read_wanted;
 
 use crate::node::Load;
 use crate::{openvpn, rfc3339, wireguard};
@@ -44,13 +52,6 @@ impl Node {
             w_peer_count: None,
         }
     }
-}
-
-/// `GET /w/peer_list`.
-#[derive(Serialize)]
-pub struct PeerList<'a> {
-    /// In the device's order.
-    pub peer_list: Vec<Peer<'a>>,
 }
 
 /// A WireGuard peer, in lists and as the answer to its removal.
@@ -156,12 +157,29 @@ impl From<openvpn::Error> for Error {
     }
 }
 
-fn as_text<S: Serializer>(value: &impl ToString, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&value.to_string())
+impl From<wireguard::SyncError> for Error {
+    fn from(error: wireguard::SyncError) -> Self {
+        let status = match &error.cause {
+            wireguard::Error::OwnKey(..) => 400,
+            cause if cause.is_timeout() => 504,
+            _ => 502,
+        };
+        Self::new(status, error.to_string())
+    }
 }
 
-fn as_texts<S: Serializer>(values: &[impl ToString], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(values.iter().map(ToString::to_string))
+fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn as_texts<S: Serializer>(values: &[impl Display], serializer: S) -> Result<S::Ok, S::Error> {
+    struct Text<'a, T>(&'a T);
+    impl<T: Display> Serialize for Text<'_, T> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_str(self.0)
+        }
+    }
+    serializer.collect_seq(values.iter().map(Text))
 }
 
 #[cfg(test)]
@@ -182,15 +200,13 @@ mod tests {
             rx_bytes: 19732,
             tx_bytes: 32364,
         };
-        let list = PeerList { peer_list: vec![Peer::from(&peer)] };
         assert_eq!(
-            json(&list),
-            r#"{"peer_list":[{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ="}]}"#
+            json(&Peer::from(&peer)),
+            r#"{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ="}"#
         );
         let never_seen = wireguard::Peer { last_handshake: None, allowed_ips: vec![], ..peer };
         let text = json(&Peer::from(&never_seen));
         assert!(text.contains(r#""ip_net":[],"last_handshake_time":null,"#), "{text}");
-        assert_eq!(json(&PeerList { peer_list: vec![] }), r#"{"peer_list":[]}"#);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::wireguard::DeviceName;
 /// The text of `-help`.
 pub const HELP: &str = "\
 usage: vpn-daemon [FLAG …]
+       vpn-daemon check [-json] [FLAG …]
 
 Manages the WireGuard peers and OpenVPN clients of this node for a VPN portal,
 which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
@@ -24,6 +25,10 @@ which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
   -max-connections N     connections served at the same time (default 256)
   -version               print the version
   -help                  print this text
+
+vpn-daemon check looks at everything that the daemon needs, changes nothing, and says
+how to mend what is wrong (-json: as JSON). Exit status: 0 all is well, 1 warnings,
+2 problems.
 
 Environment:
   CREDENTIALS_DIRECTORY  directory of ca.crt, server.crt and server.key (PEM), and
@@ -40,6 +45,13 @@ Exit status: 0 after a signal, 1 when it cannot run, 2 for unknown flags.
 pub enum Command {
     /// Run the daemon.
     Serve(Options),
+    /// Look at what the daemon needs and print a report.
+    Check {
+        /// Those of the daemon that is to be checked.
+        options: Options,
+        /// Print JSON instead of text.
+        json: bool,
+    },
     /// Print [`HELP`].
     Help,
     /// Print the version.
@@ -91,8 +103,10 @@ pub fn credentials_directory() -> Option<PathBuf> {
 
 /// Reads the arguments, the program's name not among them.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
-    let mut parser = lexopt::Parser::from_args(arguments.into_iter().map(two_dashes));
-    let mut options = Options::default();
+    let mut arguments = arguments.into_iter().peekable();
+    let check = arguments.next_if(|first| first == "check").is_some();
+    let mut parser = lexopt::Parser::from_args(arguments.map(two_dashes));
+    let (mut options, mut json) = (Options::default(), false);
     while let Some(argument) = parser.next()? {
         let Long(flag) = argument else {
             return Err(match argument {
@@ -111,12 +125,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
                     number => number,
                 }
             }
+            "json" if check => json = true,
             "version" => return Ok(Command::Version),
             "help" | "h" => return Ok(Command::Help),
             _ => return Err(UsageError(format!("unknown flag -{flag}"))),
         }
     }
-    Ok(Command::Serve(options))
+    Ok(if check { Command::Check { options, json } } else { Command::Serve(options) })
 }
 
 /// Unit files write `-flag`, which lexopt would read as a row of one-letter flags.
@@ -221,6 +236,18 @@ mod tests {
     }
 
     #[test]
+    fn check_takes_the_same_flags() {
+        for (line, flags, json) in [
+            ("check", "", false),
+            ("check -json", "", true),
+            ("check -listen :1 --json -wg-device wg7", "-listen :1 -wg-device wg7", true),
+        ] {
+            assert_eq!(parse_words(line), Ok(Command::Check { options: options(flags), json }));
+        }
+        assert_eq!(parse_words("check -help"), Ok(Command::Help));
+    }
+
+    #[test]
     fn addresses() {
         for (text, host, port) in [
             (":41194", None, 41194),
@@ -241,6 +268,11 @@ mod tests {
             ("-frobnicate", "unknown flag -frobnicate"),
             ("--frobnicate=1", "unknown flag -frobnicate"),
             ("serve", "unexpected argument \"serve\""),
+            ("-json", "unknown flag -json"),
+            ("-listen :1 check", "unexpected argument \"check\""),
+            ("check check", "unexpected argument \"check\""),
+            ("check -frobnicate", "unknown flag -frobnicate"),
+            ("check -json=yes", "-json"),
             ("-listen", "-listen"),
             ("-listen 41194", "-listen 41194: has no port"),
             ("-listen ::1", "-listen ::1: an IPv6 address needs brackets"),

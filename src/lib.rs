@@ -1,16 +1,20 @@
 //! The node daemon of a VPN service; [`run`] is the whole program.
 
 pub mod api;
+pub mod check;
 pub mod cli;
 pub mod head;
 pub mod listener;
 pub mod logging;
 pub mod node;
 pub mod openvpn;
+pub mod probe;
 pub mod rfc3339;
 pub mod routes;
 pub mod server;
+pub mod systemd;
 pub mod tls;
+pub mod uploads;
 pub mod wireguard;
 
 use std::fmt;
@@ -19,7 +23,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, info, warn};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -39,12 +43,16 @@ const DESCRIPTORS_PER_CONNECTION: u64 = 5;
 /// hundred OpenVPN processes.
 const OTHER_DESCRIPTORS: u64 = 1024;
 
+/// For the daemon's first answer, which nobody but itself asks for.
+const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);
+
 /// Why the daemon does not run: one line for the operator.
 #[derive(Debug)]
 enum Error {
     Usage(cli::UsageError),
     Bind(listener::BindError),
     Tls(tls::Error),
+    Passed(systemd::SocketError),
     Start { what: &'static str, error: io::Error },
     HttpServer,
 }
@@ -55,6 +63,7 @@ impl fmt::Display for Error {
             Self::Usage(error) => error.fmt(f),
             Self::Bind(error) => error.fmt(f),
             Self::Tls(error) => error.fmt(f),
+            Self::Passed(error) => error.fmt(f),
             Self::Start { what, error } => write!(f, "cannot {what}: {error}"),
             Self::HttpServer => write!(f, "the HTTP server has given up"),
         }
@@ -74,6 +83,14 @@ pub fn run() -> ExitCode {
         Ok(Command::Help) => print(cli::HELP),
         Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::Serve(options)) => serve(options),
+        Ok(Command::Check { options, json }) => {
+            let report = check::run(&options);
+            let printed = print(&if json { report.json() } else { report.to_string() });
+            match printed {
+                Ok(()) => return ExitCode::from(report.exit_status()),
+                error => error,
+            }
+        }
         Err(error) => Err(Error::Usage(error)),
     };
     let Err(error) = result else {
@@ -90,6 +107,7 @@ fn print(text: &str) -> Result<(), Error> {
 
 fn serve(options: Options) -> Result<(), Error> {
     logging::start();
+    let notifier = Arc::new(systemd::Notifier::from_environment());
     // Blocked before the first thread is made, so that all of them inherit it: signals come to
     // the `wait` below and interrupt no system call.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
@@ -101,7 +119,10 @@ fn serve(options: Options) -> Result<(), Error> {
         .transpose()
         .map_err(Error::Tls)?;
     let limit = raise_open_files(options.max_connections);
-    let tcp = listener::bind_tcp(&options.listen).map_err(Error::Bind)?;
+    let tcp = match systemd::passed_socket().map_err(Error::Passed)? {
+        Some(passed) => passed,
+        None => listener::bind_tcp(&options.listen).map_err(Error::Bind)?,
+    };
     let address = tcp.local_addr().map_err(Error::start("tell the address"))?;
     let gave_up = Arc::new(AtomicBool::new(false));
     let tell = Arc::clone(&gave_up);
@@ -114,25 +135,37 @@ fn serve(options: Options) -> Result<(), Error> {
     };
     let (inner, inner_listener) = Inner::open(&runtime_directory(), failed.clone())
         .map_err(Error::start("make the inner socket"))?;
+    let status = Arc::new(systemd::Status {
+        url: format!("{}://{address}", if tls.is_some() { "https" } else { "http" }),
+        device: options.wg_device.to_string(),
+        openvpn: openvpn::OpenVpn::new(options.openvpn_dir.clone()),
+    });
+    let inner_socket = inner.socket();
+    let alive = move |time| probe::unix(&inner_socket, Instant::now() + time).map(drop);
     let node = routes::Node {
         wireguard: wireguard::WireGuard::new(options.wg_device),
         openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
         cpu_count: node::cpu_count(),
+        uploads: uploads::Uploads::default(),
     };
     let http = Server::start(inner_listener, node, failed)
         .map_err(Error::start("start the HTTP server"))?;
     let front_door = FrontDoor::open(tcp, limit, inner, tls.clone())
         .map_err(Error::start("start the front door"))?;
-    match &tls {
-        Some(_) => info!("listening on https://{address}"),
-        None => info!("listening on http://{address}"),
-    }
-    if let Some(tls) = &tls {
-        tls.log_findings(SystemTime::now());
-    }
+    alive(FIRST_ANSWER_TIME).map_err(Error::start("answer a request of its own"))?;
+    info!("listening on {}", status.url);
+    log_findings(tls.as_deref());
+    notifier.ready(&status.to_string());
+    let daily = tls.clone();
+    systemd::keep(notifier.clone(), status.clone(), alive, move || log_findings(daily.as_deref()))
+        .map_err(Error::start("start the watchdog's thread"))?;
     loop {
         match signals.wait() {
-            Ok(Signal::SIGHUP) => reload(tls.as_deref()),
+            Ok(Signal::SIGHUP) => {
+                notifier.reloading();
+                reload(tls.as_deref());
+                notifier.ready(&status.to_string());
+            }
             Ok(signal) if !gave_up.load(Ordering::Acquire) => {
                 info!("{signal}: stopping");
                 break;
@@ -140,6 +173,7 @@ fn serve(options: Options) -> Result<(), Error> {
             _ => break,
         }
     }
+    notifier.stopping();
     front_door.close();
     http.stop();
     match gave_up.load(Ordering::Acquire) {
@@ -154,6 +188,10 @@ fn reload(tls: Option<&tls::Tls>) {
         Some(Ok(())) => info!("SIGHUP: new connections use the credentials as they are now"),
         Some(Err(error)) => error!("SIGHUP: the old credentials stay in force: {error}"),
     }
+    log_findings(tls);
+}
+
+fn log_findings(tls: Option<&tls::Tls>) {
     if let Some(tls) = tls {
         tls.log_findings(SystemTime::now());
     }
@@ -173,7 +211,7 @@ fn raise_open_files(connections: usize) -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return connections;
     };
-    let needed = connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS;
+    let needed = needed_files(connections);
     let granted = if soft < needed && soft < hard {
         let wanted = needed.min(hard);
         setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted)
@@ -183,12 +221,22 @@ fn raise_open_files(connections: usize) -> usize {
     if granted >= needed {
         return connections;
     }
-    // A quarter for the connections leaves three for everything else.
-    let affordable = (granted / 4 / DESCRIPTORS_PER_CONNECTION).max(1);
-    let affordable = usize::try_from(affordable).unwrap_or(usize::MAX).min(connections);
+    let affordable = affordable_connections(granted).min(connections);
     warn!(
         "only {granted} open files are allowed, {needed} are needed: serving {affordable} \
          connections at a time; raise the hard limit (systemd: LimitNOFILE={needed})"
     );
     affordable
+}
+
+/// Open files that serving `connections` at the same time may take.
+fn needed_files(connections: usize) -> u64 {
+    connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS
+}
+
+/// Connections that can be served with too few open files.
+fn affordable_connections(files: u64) -> usize {
+    // A quarter for the connections leaves three for everything else.
+    let affordable = (files / 4 / DESCRIPTORS_PER_CONNECTION).max(1);
+    usize::try_from(affordable).unwrap_or(usize::MAX)
 }

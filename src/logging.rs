@@ -5,11 +5,13 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::time::SystemTime;
 
-use log::{Level, LevelFilter};
+use log::{Level, LevelFilter, debug, error};
 
-use crate::rfc3339;
+use crate::{rfc3339, wireguard};
 
 /// Starts logging at the level of `RUST_LOG` (default: info).
+///
+/// A panic is logged as one line, too: it ends one request, not the daemon.
 pub fn start() {
     let journal = stderr_is_the_journal();
     env_logger::Builder::new()
@@ -29,6 +31,16 @@ pub fn start() {
             }
         })
         .init();
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        match thread.name() {
+            // wireguard-uapi panics on a disturbed dump, which is then started again.
+            Some(wireguard::THREAD_NAME) => debug!("{panic}"),
+            name => {
+                error!("internal error in thread {}: {panic}", name.unwrap_or("without a name"))
+            }
+        }
+    }));
 }
 
 /// Whether stderr is the stream that `JOURNAL_STREAM` names by device and inode (systemd.exec(5)).

@@ -1,6 +1,6 @@
 //! One visible match on method and path: reads the parameters, calls the backends.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,7 +9,8 @@ use log::{info, warn};
 use crate::api::{self, Error};
 use crate::node;
 use crate::openvpn::{CommonName, OpenVpn};
-use crate::wireguard::{self, AllowedIp, PublicKey, WireGuard};
+use crate::uploads::{Upload, Uploads};
+use crate::wireguard::{self, AllowedIp, PublicKey, Synced, Wanted, WireGuard};
 
 /// What the backends of one request may take in all: the client waits for 4 s.
 const BACKEND_BUDGET: Duration = Duration::from_millis(2500);
@@ -18,6 +19,7 @@ const BACKEND_BUDGET: Duration = Duration::from_millis(2500);
 const ONLINE: Duration = Duration::from_secs(3 * 60);
 
 const FORM: &str = "application/x-www-form-urlencoded";
+const JSON: &str = "application/json";
 
 /// The node: what requests are answered from.
 pub struct Node {
@@ -27,6 +29,8 @@ pub struct Node {
     pub openvpn: OpenVpn,
     /// CPUs that the process may run on, read at start.
     pub cpu_count: u64,
+    /// Peer lists that are being read.
+    pub uploads: Uploads,
 }
 
 /// A request whose head is complete and checked.
@@ -45,10 +49,12 @@ pub struct Request {
 }
 
 /// What the client is told.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Answer {
     /// 200 with a JSON body.
     Json(Vec<u8>),
+    /// 200 with a JSON body that may be long.
+    Stream(api::Stream),
     /// 204.
     NoContent,
     /// A failure of the contract.
@@ -93,11 +99,12 @@ pub fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
         ("GET" | "HEAD", "/o/connection_list") => connection_list(node, deadline),
         ("POST", "/w/add_peer") => add_peer(node, request, body),
         ("POST", "/w/remove_peer") => remove_peer(node, request, body),
+        ("POST", "/w/sync_peers") => sync_peers(node, request, body),
         ("POST", "/o/disconnect_client") => disconnect_client(node, request, body),
         (_, "/i/node" | "/w/peer_list" | "/o/connection_list") => {
             return Answer::MethodNotAllowed("GET, HEAD");
         }
-        (_, "/w/add_peer" | "/w/remove_peer" | "/o/disconnect_client") => {
+        (_, "/w/add_peer" | "/w/remove_peer" | "/w/sync_peers" | "/o/disconnect_client") => {
             return Answer::MethodNotAllowed("POST");
         }
         (_, path) => Err(Error::new(404, format!("there is no call {path}"))),
@@ -138,10 +145,10 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
 
 fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
     let show_all = request.query().yes_or_no("show_all")?;
-    let peers = node.wireguard.peers(deadline)?;
+    let mut peers = node.wireguard.peers(deadline)?;
     let now = SystemTime::now();
-    let shown = peers.iter().filter(|peer| show_all || online(peer, now));
-    json(&api::PeerList { peer_list: shown.map(api::Peer::from).collect() })
+    peers.retain(|peer| show_all || online(peer, now));
+    stream(api::Stream::peer_list(peers))
 }
 
 fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
@@ -176,6 +183,64 @@ fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<An
     json(&api::Peer::from(&peer))
 }
 
+fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
+    let result = read_sync(node, request, body);
+    // tiny_http would take as much memory as is left of the body.
+    let _ = io::copy(body, &mut io::sink());
+    let (upload, wanted, dry_run) = result?;
+    let deadline = Instant::now() + BACKEND_BUDGET;
+    let result = node.wireguard.sync_peers(wanted, dry_run, deadline);
+    drop(upload);
+    match result {
+        Ok(synced) => {
+            if !dry_run {
+                log_synced(node, request, &synced);
+            }
+            stream(api::Stream::synced(synced))
+        }
+        Err(error) => {
+            log_synced(node, request, &error.done);
+            Err(error.into())
+        }
+    }
+}
+
+/// What the caller wants, checked whole; what it takes stays counted with the upload.
+fn read_sync<'a>(
+    node: &'a Node,
+    request: &Request,
+    body: &mut dyn Read,
+) -> Result<(Upload<'a>, Wanted, bool), Error> {
+    require_type(request, JSON)?;
+    let dry_run = request.query().yes_or_no("dry_run")?;
+    let upload = node.uploads.begin();
+    let wanted = api::read_wanted(body, &upload)?;
+    Ok((upload, wanted, dry_run))
+}
+
+fn log_synced(node: &Node, request: &Request, synced: &Synced) {
+    let (device, caller) = (node.wireguard.device(), &request.caller);
+    for peer in &synced.removed {
+        info!(
+            "peer {} on {device}: removed after {} bytes in, {} bytes out, asked by {caller}",
+            peer.public_key, peer.rx_bytes, peer.tx_bytes
+        );
+    }
+    for key in &synced.updated {
+        info!("peer {key} on {device}: set to other allowed IPs, asked by {caller}");
+    }
+    for key in &synced.added {
+        info!("peer {key} on {device}: added, asked by {caller}");
+    }
+    info!(
+        "{device}: {} peers added, {} updated, {} removed, {} left as they are, asked by {caller}",
+        synced.added.len(),
+        synced.updated.len(),
+        synced.removed.len(),
+        synced.unchanged
+    );
+}
+
 fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
     json(&api::ConnectionList::from(&node.openvpn.clients(deadline)?))
 }
@@ -202,12 +267,26 @@ fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
     }
 }
 
-fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error> {
+fn stream(stream: io::Result<api::Stream>) -> Result<Answer, Error> {
+    match stream {
+        Ok(stream) => Ok(Answer::Stream(stream)),
+        Err(error) => Err(Error::new(500, format!("the answer could not be written: {error}"))),
+    }
+}
+
+fn require_type(request: &Request, expected: &str) -> Result<(), Error> {
     let media_type = request.content_type.as_deref().and_then(|value| value.split(';').next());
     let media_type = media_type.map(str::trim);
-    if !media_type.is_some_and(|media_type| media_type.eq_ignore_ascii_case(FORM)) {
-        return Err(Error::new(415, format!("{} takes a body of type {FORM}", request.path())));
+    match media_type.is_some_and(|media_type| media_type.eq_ignore_ascii_case(expected)) {
+        true => Ok(()),
+        false => {
+            Err(Error::new(415, format!("{} takes a body of type {expected}", request.path())))
+        }
     }
+}
+
+fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error> {
+    require_type(request, FORM)?;
     let mut bytes = Vec::new();
     body.read_to_end(&mut bytes)
         .map_err(|error| Error::new(400, format!("the body could not be read: {error}")))?;

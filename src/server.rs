@@ -134,13 +134,15 @@ impl Read for Body<'_> {
 }
 
 fn send(http: Request, answer: Answer) {
+    let bytes = |bytes: Vec<u8>| (bytes.len(), Box::new(io::Cursor::new(bytes)) as Box<dyn Read>);
     let (status, body, allow) = match answer {
-        Answer::Json(body) => (200, Some(body), None),
+        Answer::Json(body) => (200, Some(bytes(body)), None),
+        Answer::Stream(body) => (200, Some((body.length(), Box::new(body) as _)), None),
         Answer::NoContent => (204, None, None),
-        Answer::Failure(error) => (error.status, Some(error.body().into_bytes()), None),
+        Answer::Failure(error) => (error.status, Some(bytes(error.body().into_bytes())), None),
         Answer::MethodNotAllowed(methods) => {
             let sentence = format!("this call takes {methods}");
-            (405, Some(api::error_body(&sentence).into_bytes()), Some(methods))
+            (405, Some(bytes(api::error_body(&sentence).into_bytes())), Some(methods))
         }
     };
     let mut headers = vec![("Server", "vpn-daemon")];
@@ -148,17 +150,10 @@ fn send(http: Request, answer: Answer) {
     headers.extend(allow.map(|methods| ("Allow", methods)));
     // The names and values above are ASCII, which is all that a header can be refused for.
     let headers = headers.iter().filter_map(|(name, value)| Header::from_bytes(*name, *value).ok());
-    let body = body.unwrap_or_default();
-    let length = body.len();
+    let (length, body) = body.unwrap_or_else(|| bytes(Vec::new()));
     // The front door needs a length, whatever the size of the answer.
-    let response = Response::new(
-        StatusCode(status),
-        headers.collect(),
-        io::Cursor::new(body),
-        Some(length),
-        None,
-    )
-    .with_chunked_threshold(usize::MAX);
+    let response = Response::new(StatusCode(status), headers.collect(), body, Some(length), None)
+        .with_chunked_threshold(usize::MAX);
     // An error means that the front door has dropped the client.
     let _ = http.respond(response);
 }

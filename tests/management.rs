@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use management::{Directory, FakeClient, FakeOpenVpn, Mood, crowd};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vpn_daemon::openvpn::{Client, CommonName, Error, OpenVpn, SocketError, Stage};
 
 /// For what answers.
@@ -24,7 +25,7 @@ fn soon() -> Instant {
 
 /// For what hangs.
 fn short() -> Instant {
-    Instant::now() + Duration::from_millis(600)
+    Instant::now() + Duration::from_millis(2500)
 }
 
 fn name(text: &str) -> CommonName {
@@ -65,7 +66,7 @@ fn lists_clients_with_names_and_addresses() {
     fakes.push(FakeClient::new("UNDEF", "", "", 2));
     fakes.push(FakeClient::new("UNDEF", "10.0.0.8", "", 3));
     fakes.push(FakeClient::new("no address yet", "", "", 4));
-    for mood in [Mood::Healthy, Mood::Chatty, Mood::Slow(50)] {
+    for mood in [Mood::Healthy, Mood::Chatty, Mood::Slow(50), Mood::Stalled] {
         let _process = FakeOpenVpn::start(directory.join("s.sock"), mood, fakes.clone());
         let listing = backend(&directory).clients(soon()).unwrap();
         let expected: Vec<Client> = odd
@@ -84,12 +85,12 @@ fn lists_clients_with_names_and_addresses() {
 #[test]
 fn a_bad_process_costs_its_own_entry_only() {
     let moods = [
-        (Mood::Silent, "did not answer within 0.6 s"),
-        (Mood::Full, "did not answer within 0.6 s"),
-        (Mood::Deaf, "did not answer within 0.6 s"),
-        (Mood::Mute, "did not answer within 0.6 s"),
-        (Mood::NoEnd, "did not answer within 0.6 s"),
-        (Mood::Drip, "did not answer within 0.6 s"),
+        (Mood::Silent, "did not answer within 2.5 s"),
+        (Mood::Full, "did not answer within 2.5 s"),
+        (Mood::Deaf, "did not answer within 2.5 s"),
+        (Mood::Mute, "did not answer within 2.5 s"),
+        (Mood::NoEnd, "did not answer within 2.5 s"),
+        (Mood::Drip, "did not answer within 2.5 s"),
         (Mood::CloseAtOnce, "closed the connection before its greeting"),
         (Mood::CloseAfterGreeting, "closed the connection in the middle of its reply"),
         (Mood::CloseInReply, "closed the connection in the middle of its reply"),
@@ -142,15 +143,21 @@ fn a_bad_process_costs_its_own_entry_only() {
         .collect();
     assert_eq!(failed, expected);
 
-    for (mood, error) in moods {
-        let directory = Directory::new();
-        let process = FakeOpenVpn::start(directory.join("x.sock"), mood, clients(3));
-        let alone = OpenVpn::new(directory.path().to_owned());
-        let all = alone.clients(short()).unwrap_err();
-        let path = process.path.display();
-        assert_eq!(all.to_string(), format!("OpenVPN management socket {path} {error}"));
-        assert_eq!(all.is_timeout(), error.starts_with("did not answer"), "{mood:?}");
-    }
+    thread::scope(|scope| {
+        for (mood, error) in moods {
+            scope.spawn(move || {
+                let directory = Directory::new();
+                let process = FakeOpenVpn::start(directory.join("x.sock"), mood, clients(3));
+                let backend = OpenVpn::new(directory.path().to_owned());
+                let all = backend.clients(short()).unwrap_err();
+                let path = process.path.display();
+                let sentence = format!("OpenVPN management socket {path} {error}");
+                assert_eq!(all.to_string(), sentence);
+                let timeout = error.starts_with("did not answer");
+                assert_eq!(all.is_timeout(), timeout, "{mood:?}");
+            });
+        }
+    });
 }
 
 #[test]
@@ -158,10 +165,10 @@ fn says_the_budget_it_had() {
     let directory = Directory::new();
     let _process = FakeOpenVpn::start(directory.join("default-1.sock"), Mood::Silent, clients(1));
     let _healthy = FakeOpenVpn::start(directory.join("ok"), Mood::Healthy, clients(1));
-    let deadline = Instant::now() + Duration::from_millis(2500);
+    let deadline = Instant::now() + Duration::from_millis(1200);
     let listing = backend(&directory).clients(deadline).unwrap();
     assert_eq!(listing.failed[0].socket, "default-1.sock");
-    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 2.5 s");
+    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 1.2 s");
 }
 
 #[test]
@@ -266,6 +273,55 @@ fn permissions() {
         assert!(output.status.success(), "mode {mode:o}: {printed}");
         assert!(printed.contains("1 passed"), "{printed}");
     }
+}
+
+/// The part of [`out_of_descriptors`] that needs a process of its own.
+#[test]
+fn out_of_descriptors_alone() {
+    let Some(directory) = std::env::var_os("VPN_DAEMON_TEST_DESCRIPTORS") else {
+        return;
+    };
+    let backend = OpenVpn::new(directory.into());
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let used = fs::read_dir("/proc/self/fd").unwrap().count() - 1;
+    let limit =
+        |spare: usize| setrlimit(Resource::RLIMIT_NOFILE, (used + spare) as u64, most).unwrap();
+    let (mut errors, mut holes) = (0, 0);
+    for spare in 0..12 {
+        limit(spare);
+        match backend.clients(soon()) {
+            Ok(listing) => {
+                assert_eq!(listing.clients.len() + listing.failed.len(), 20);
+                for failed in &listing.failed {
+                    let error = failed.error.to_string();
+                    assert_eq!(error, "could not be opened: Too many open files");
+                }
+                holes += usize::from(!listing.failed.is_empty());
+            }
+            Err(error) => {
+                assert!(error.to_string().contains("oo many open files"), "{error}");
+                errors += 1;
+            }
+        }
+    }
+    assert!(errors > 0 && holes > 0);
+    limit(30);
+    assert_eq!(backend.clients(soon()).unwrap().clients.len(), 20);
+}
+
+#[test]
+fn out_of_descriptors() {
+    let directory = Directory::new();
+    let _processes: Vec<FakeOpenVpn> = (0..20)
+        .map(|n| FakeOpenVpn::start(directory.join(&n.to_string()), Mood::Healthy, clients(1)))
+        .collect();
+    let output = Command::new("/proc/self/exe")
+        .args(["--exact", "out_of_descriptors_alone", "--test-threads=1"])
+        .env("VPN_DAEMON_TEST_DESCRIPTORS", directory.path())
+        .output()
+        .unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
 }
 
 #[test]
@@ -391,14 +447,14 @@ fn disconnects_every_client_of_that_name() {
             ..FakeClient::new("", "", "", id)
         })
         .collect();
-    let processes: Vec<FakeOpenVpn> = [Mood::Healthy, Mood::Chatty]
+    let processes: Vec<FakeOpenVpn> = [Mood::Healthy, Mood::Chatty, Mood::Stalled]
         .into_iter()
         .map(|mood| FakeOpenVpn::start(directory.join(&format!("{mood:?}")), mood, all.clone()))
         .collect();
     let backend = backend(&directory);
     for text in names {
         let own = if ["plain", "10.0.0.1:1194"].contains(&text) { 2 } else { 1 };
-        assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 2 * own, "{text:?}");
+        assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 3 * own, "{text:?}");
         assert!(!processes[0].names().iter().any(|left| left == text));
         assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 0, "{text:?}");
     }
@@ -436,7 +492,7 @@ fn disconnecting_goes_on_when_a_process_fails() {
     assert_eq!(
         error.to_string(),
         format!(
-            "OpenVPN management socket {path}/a did not answer within 0.6 s; \
+            "OpenVPN management socket {path}/a did not answer within 2.5 s; \
              {path}/c refused the command: out of order"
         )
     );

@@ -43,7 +43,8 @@ impl Inner {
         Ok((inner, listener))
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Where tiny_http listens.
+    pub fn socket(&self) -> PathBuf {
         self.directory.join("http.sock")
     }
 

@@ -32,6 +32,8 @@ use crate::tls::{ClientName, Refusal, Throttle, Tls};
 const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
 /// For requests under way when the daemon stops.
 const STOP_TIME: Duration = Duration::from_secs(4);
+/// Connections accepted after the daemon has been told to stop.
+const LAST: usize = 256;
 /// Waiting connections closed at once when the process is out of descriptors or memory.
 const SHED: usize = 16;
 /// Rust's default of 2 MiB would only be address space; TLS needs a fraction of this.
@@ -142,7 +144,11 @@ fn spawn<T: Send + 'static>(
 }
 
 fn accept_loop(listener: &TcpListener, shared: &Arc<Shared>, stop: &EventFd) {
-    loop {
+    // What is queued when the daemon stops is still answered, within reason: the rest waits for
+    // the next process where systemd holds the socket, and is reset where it is ours alone.
+    let mut last = LAST;
+    while last > 0 {
+        last -= usize::from(shared.table.is_stopping());
         match listener.accept() {
             Ok((stream, address)) => admit(stream, address, shared),
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {

@@ -122,6 +122,11 @@ impl Table {
         self.changed.notify_all();
     }
 
+    /// Whether [`Table::begin_stop`] has been called.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.lock().stop_at.is_some()
+    }
+
     /// Returns when no connection is left, after at most `patience`.
     pub(super) fn wait_until_empty(&self, patience: Duration) {
         let end = Instant::now() + patience;
@@ -177,7 +182,7 @@ impl State {
 impl Place {
     /// Whether the daemon is stopping: no connection is kept after its answer.
     pub(super) fn is_stopping(&self) -> bool {
-        self.table.lock().stop_at.is_some()
+        self.table.is_stopping()
     }
 
     /// Enters `phase`, to be left by `deadline`. `false` when the place is lost: another

@@ -189,3 +189,77 @@ fn quoted(text: &str) -> String {
     quoted.push('"');
     quoted
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disconnect(name: &str) -> Disconnect {
+        Disconnect::new(&name.parse().unwrap())
+    }
+
+    #[test]
+    fn kill_quotes_its_parameter() {
+        for (name, command) in [
+            ("a", r#"kill "a""#),
+            ("a b", r#"kill "a b""#),
+            (r#"say "hi""#, r#"kill "say \"hi\"""#),
+            (r"back\slash\", r#"kill "back\\slash\\""#),
+            ("it's; # no", r#"kill "it's; # no""#),
+            ("Zoë", r#"kill "Zoë""#),
+        ] {
+            assert_eq!(disconnect(name).greeted(""), Step::Send(command.to_owned()));
+        }
+    }
+
+    #[test]
+    fn names_that_kill_would_not_find_go_by_id() {
+        let (fits, too_long) = ("é".repeat(63), "é".repeat(64));
+        for (name, by_id) in
+            [("a:b", true), (":", true), ("Zo\u{fffd}", true), (&too_long, true), (&fits, false)]
+        {
+            let asks = disconnect(name).greeted("") == Step::Send("status 3".to_owned());
+            assert_eq!(asks, by_id, "{name}");
+        }
+    }
+
+    #[test]
+    fn client_kill_goes_through_the_ids() {
+        let mut dialogue = disconnect("a:b");
+        for line in [
+            "HEADER\tCLIENT_LIST\tCommon Name\tVirtual Address\tClient ID",
+            "CLIENT_LIST\ta:b\t\t5",
+            "CLIENT_LIST\ta\t\t6",
+            "CLIENT_LIST\ta:b\t10.0.0.1\t7",
+        ] {
+            assert_eq!(dialogue.reply(line.as_bytes()).unwrap(), Step::Wait);
+        }
+        let steps =
+            ["END", "SUCCESS: client-kill command succeeded", "ERROR: client-kill command failed"]
+                .map(|line| dialogue.reply(line.as_bytes()).unwrap());
+        let send = |id: u8| Step::Send(format!("client-kill {id}"));
+        assert_eq!(steps, [send(7), send(5), Step::Done]);
+        assert_eq!(dialogue.disconnected, 1);
+    }
+
+    #[test]
+    fn replies_to_kill() {
+        for (line, count) in [
+            ("SUCCESS: common name 'a' found, 1 client(s) killed", Some(1)),
+            (
+                "SUCCESS: common name '' found, 9 client(s) killed' found, 12 client(s) killed",
+                Some(12),
+            ),
+            ("ERROR: common name 'a' not found", Some(0)),
+            ("ERROR: common name ' 'x' not found' not found", Some(0)),
+            ("ERROR: kill parse", None),
+            ("ERROR: The 'kill' command is not supported by the current daemon mode", None),
+            ("SUCCESS: common name 'a' found, many client(s) killed", None),
+            ("SUCCESS: 1 client(s) at address 127.0.0.1:5 killed", None),
+            ("END", None),
+            ("", None),
+        ] {
+            assert_eq!(killed(line.as_bytes()).ok(), count, "{line}");
+        }
+    }
+}

@@ -15,6 +15,17 @@ use super::turns::{Ticket, Turns, Waker};
 /// A full backlog cannot be waited for: the connection is tried again after this long.
 const RETRY: Duration = Duration::from_millis(20);
 
+/// Without a greeting for this long, a second connection knocks.
+///
+/// An OpenVPN server on TCP (up to 2.6; on any protocol in 2.7) that finds a connection in its
+/// backlog dead accepts the next one and forgets to watch it, since nothing has changed for
+/// `man_persist_state` (`manage.c`): it greets only when yet another connection comes. Callers
+/// that gave up on a hanging process leave such dead ones.
+const KNOCK_AFTER: Duration = Duration::from_millis(200);
+
+/// How often that is looked at.
+const TICK: Duration = Duration::from_millis(100);
+
 /// Bytes read from one socket before the next one has its turn.
 const READ_SIZE: usize = 16 * 1024;
 
@@ -56,6 +67,7 @@ pub(super) fn ask<D: Dialogue>(
     let mut open = calls.len();
     let mut blocked: Vec<usize> = Vec::new();
     let mut retry_at = Instant::now();
+    let mut tick_at = retry_at + TICK;
     loop {
         let mut due = waker.take();
         let now = Instant::now();
@@ -65,6 +77,10 @@ pub(super) fn ask<D: Dialogue>(
         if now >= retry_at {
             due.append(&mut blocked);
             retry_at = now + RETRY;
+        }
+        if now >= tick_at {
+            open -= calls.iter_mut().map(|call| usize::from(call.tick(now))).sum::<usize>();
+            tick_at = now + TICK;
         }
         for index in due {
             let Some(call) = calls.get_mut(index) else {
@@ -82,7 +98,8 @@ pub(super) fn ask<D: Dialogue>(
         if open == 0 {
             break;
         }
-        let until = if blocked.is_empty() { deadline } else { deadline.min(retry_at) };
+        let until = deadline.min(tick_at);
+        let until = if blocked.is_empty() { until } else { until.min(retry_at) };
         let ready = match epoll.wait(&mut events, timeout(until)) {
             Ok(count) => events.get(..count).unwrap_or_default(),
             Err(Errno::EINTR) => continue,
@@ -90,7 +107,7 @@ pub(super) fn ask<D: Dialogue>(
         };
         for event in ready {
             let call = usize::try_from(event.data()).ok().and_then(|index| calls.get_mut(index));
-            if call.is_some_and(|call| call.serve(&mut scratch)) {
+            if call.is_some_and(|call| call.serve(&epoll, event.data(), &mut scratch)) {
                 open -= 1;
             }
         }
@@ -116,6 +133,15 @@ enum Phase<'a> {
     /// Connected. The stream goes before the ticket, or the next caller would find it in its way.
     Talking {
         stream: UnixStream,
+        since: Instant,
+        knock: Option<UnixStream>,
+        ticket: Ticket<'a>,
+    },
+    /// All is said, but the process has yet to take the connection that knocked: left dead in
+    /// its backlog, that would be the next caller's trouble.
+    Leaving {
+        _knock: UnixStream,
+        since: Instant,
         _ticket: Ticket<'a>,
     },
     Over(Result<(), SocketError>),
@@ -136,20 +162,50 @@ impl<D: Dialogue> Call<'_, D> {
         };
         let token = u64::try_from(index).unwrap_or(WAKER);
         let watched = epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token));
-        self.phase = Phase::Talking { stream, _ticket: ticket };
+        self.phase = Phase::Talking { stream, since: Instant::now(), knock: None, ticket };
         watched.map_err(|error| SocketError::System("could not be watched", error))?;
         Ok(true)
     }
 
-    /// The socket has something to read. Whether the conversation ended with it.
-    fn serve(&mut self, scratch: &mut [u8]) -> bool {
-        let Phase::Talking { stream, .. } = &mut self.phase else {
-            return false;
+    /// Looks at the clock: knocks if the greeting is overdue, and does not wait for ever for
+    /// the knock to be answered. Whether the call is over with it.
+    fn tick(&mut self, now: Instant) -> bool {
+        let overdue = |since: Instant| now.saturating_duration_since(since) >= KNOCK_AFTER;
+        match &mut self.phase {
+            Phase::Talking { since, knock: knock @ None, .. }
+                if self.conversation.stage() == Stage::Greeting && overdue(*since) =>
+            {
+                // A full backlog: others are knocking.
+                *knock = connect_to(&self.socket).unwrap_or_default();
+                false
+            }
+            Phase::Leaving { since, .. } if overdue(*since) => {
+                self.phase = Phase::Over(Ok(()));
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The socket has something to read. Whether the call is over with it.
+    fn serve(&mut self, epoll: &Epoll, token: u64, scratch: &mut [u8]) -> bool {
+        let result = match &mut self.phase {
+            Phase::Talking { stream, .. } => match self.conversation.pump(stream, scratch) {
+                Ok(false) => return false,
+                Ok(true) => Ok(()),
+                Err(error) => Err(error),
+            },
+            Phase::Leaving { .. } => Ok(()),
+            Phase::Waiting(_) | Phase::Blocked(_) | Phase::Over(_) => return false,
         };
-        match self.conversation.pump(stream, scratch) {
-            Ok(false) => return false,
-            Ok(true) => self.phase = Phase::Over(Ok(())),
-            Err(error) => self.phase = Phase::Over(Err(error)),
+        let success = result.is_ok();
+        let phase = std::mem::replace(&mut self.phase, Phase::Over(result));
+        if let Phase::Talking { knock: Some(knock), ticket, .. } = phase
+            && success
+            && epoll.add(&knock, EpollEvent::new(EpollFlags::EPOLLIN, token)).is_ok()
+        {
+            self.phase = Phase::Leaving { _knock: knock, since: Instant::now(), _ticket: ticket };
+            return false;
         }
         true
     }
@@ -161,6 +217,7 @@ impl<D: Dialogue> Call<'_, D> {
                 Phase::Waiting(_) => no_answer(Stage::Turn),
                 Phase::Blocked(_) => no_answer(Stage::Connect),
                 Phase::Talking { .. } => no_answer(self.conversation.stage()),
+                Phase::Leaving { .. } => Ok(()),
                 Phase::Over(result) => result,
             },
             socket: self.socket,

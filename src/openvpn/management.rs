@@ -282,3 +282,68 @@ impl fmt::Display for SocketError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openvpn::commands::List;
+
+    /// A whole conversation, cut into pieces of every size: its list, or its error.
+    fn talk(received: &[u8]) -> Result<Option<usize>, SocketError> {
+        let whole = pieces(received, received.len());
+        for size in [1, 2, 3, 7, 100] {
+            assert_eq!(pieces(received, size), whole, "in pieces of {size}");
+        }
+        whole
+    }
+
+    fn pieces(received: &[u8], size: usize) -> Result<Option<usize>, SocketError> {
+        let mut conversation = Conversation::new(List::default());
+        for piece in received.chunks(size) {
+            if conversation.feed(piece)? {
+                return Ok(Some(conversation.dialogue.clients.len()));
+            }
+        }
+        Ok(None)
+    }
+
+    const REPORT: &str = ">INFO:OpenVPN Management Interface Version 5\r\n\
+        HEADER\tCLIENT_LIST\tCommon Name\tVirtual Address\r\n\
+        CLIENT_LIST\tEND\t10.0.0.1\r\n";
+
+    #[test]
+    fn conversations() {
+        assert_eq!(talk(format!("{REPORT}END\r\n").as_bytes()), Ok(Some(1)));
+        assert_eq!(talk(format!("{REPORT}END\n").as_bytes()), Ok(Some(1)));
+        assert_eq!(
+            talk(format!("{REPORT}>LOG:1,I,x\r\n>INFO:END\r\nEND\r\n").as_bytes()),
+            Ok(Some(1))
+        );
+        assert_eq!(talk(format!(">HOLD:x\r\n{REPORT}END\r\n").as_bytes()), Ok(Some(1)));
+        for open in ["", "END\r", "END", ">END\r\n"] {
+            assert_eq!(talk(format!("{REPORT}{open}").as_bytes()), Ok(None), "{open}");
+        }
+        assert_eq!(talk(b"ENTER PASSWORD:"), Err(SocketError::Password));
+        assert_eq!(talk(b"ENTER PASSWORD:\r\n"), Err(SocketError::Password));
+        let error = talk(format!("{REPORT}ERROR: \x07no\r\n").as_bytes());
+        assert_eq!(error, Err(SocketError::Refused("\u{fffd}no".to_owned())));
+        assert!(matches!(talk(b"\r\n"), Err(SocketError::NotUnderstood(_))));
+    }
+
+    #[test]
+    fn lines_and_replies_are_bounded() {
+        let line = format!(">{}", "x".repeat(MAX_LINE));
+        let too_long = |what, limit: usize| Err(SocketError::TooLong { what, limit: limit / 1024 });
+        assert_eq!(talk(line.as_bytes()), too_long("a line", MAX_LINE));
+        let news = ">x\r\n".repeat(MAX_RECEIVED / 4 + 1);
+        assert_eq!(pieces(news.as_bytes(), 4096), too_long("a reply", MAX_RECEIVED));
+        let most = ">x\r\n".repeat(MAX_RECEIVED / 4);
+        assert_eq!(pieces(most.as_bytes(), 4096), Ok(None));
+    }
+
+    #[test]
+    fn excerpts_are_short_and_harmless() {
+        assert_eq!(excerpt(b"  a\x1b[2J\x00\xff "), "a\u{fffd}[2J\u{fffd}\u{fffd}");
+        assert_eq!(excerpt(&[b'x'; 9999]).len(), MAX_EXCERPT);
+    }
+}

@@ -322,3 +322,28 @@ impl Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_names() {
+        for good in
+            ["a", "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=", " ", "a\"b\\c:d,e", "Zoë 🐈"]
+        {
+            assert_eq!(good.parse::<CommonName>().unwrap().as_str(), good);
+        }
+        assert!("🐈".repeat(64).parse::<CommonName>().is_ok());
+        for (bad, why) in [
+            (String::new(), "is empty"),
+            ("🐈".repeat(65), "is longer than 64 characters"),
+            ("a\nkill b".to_owned(), "contains a control character"),
+            ("\t".to_owned(), "contains a control character"),
+            ("\u{7f}".to_owned(), "contains a control character"),
+            ("a\0".to_owned(), "contains a control character"),
+        ] {
+            assert_eq!(bad.parse::<CommonName>(), Err(why), "{bad:?}");
+        }
+    }
+}

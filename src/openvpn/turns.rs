@@ -105,3 +105,32 @@ impl AsFd for Waker {
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_come_first_served() {
+        let turns = Turns::default();
+        let (a, b) = (Path::new("a"), Path::new("b"));
+        let [one, two] = [(), ()].map(|()| Arc::new(Waker::new().unwrap()));
+        let first = turns.queue(a, &one, 0);
+        let other = turns.queue(b, &one, 1);
+        assert_eq!(one.take(), [0, 1]);
+        let second = turns.queue(a, &two, 0);
+        let third = turns.queue(a, &one, 2);
+        let fourth = turns.queue(a, &two, 3);
+        assert!(one.take().is_empty() && two.take().is_empty());
+        // Who leaves without having had a turn wakes nobody.
+        drop(third);
+        assert!(one.take().is_empty() && two.take().is_empty());
+        drop(first);
+        assert_eq!(two.take(), [0]);
+        drop(second);
+        assert_eq!(two.take(), [3]);
+        drop((other, fourth));
+        assert!(one.take().is_empty() && two.take().is_empty());
+        assert!(locked(&turns.queues).is_empty(), "nobody waits anywhere");
+    }
+}

@@ -103,6 +103,11 @@ impl Credentials {
         self.config.clone()
     }
 
+    /// The server's own certificate.
+    pub fn certificate(&self) -> Option<&CertificateDer<'static>> {
+        self.chain.first()
+    }
+
     /// When the server's certificate expires.
     pub fn expires(&self) -> SystemTime {
         self.validity.not_after

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use super::{DeviceName, PublicKey};
+use super::{DeviceName, PublicKey, Synced};
 
 /// What went wrong with the device. Each variant names it, or the path of its socket.
 #[derive(Debug)]
@@ -45,6 +45,34 @@ impl Error {
         matches!(self, Self::Timeout(_) | Self::SocketTimeout(_))
     }
 }
+
+/// Why a synchronisation failed, and how far it had come.
+#[derive(Debug)]
+pub struct SyncError {
+    /// What went wrong.
+    pub cause: Error,
+    /// How many peers had to be changed; 0 where that is not known.
+    pub changes: usize,
+    /// How many of them are known to be changed. The device may have taken a few more.
+    pub applied: usize,
+    /// Those in detail, where the device said so in time.
+    pub done: Box<Synced>,
+}
+
+impl fmt::Display for SyncError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cause, changes, applied, .. } = self;
+        match changes {
+            0 => write!(f, "{cause}; nothing was changed"),
+            _ => write!(
+                f,
+                "{cause}; {applied} of {changes} changes are known to be applied, \
+                 the same call again does the rest"
+            ),
+        }
+    }
+}
+impl std::error::Error for SyncError {}
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

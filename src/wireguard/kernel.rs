@@ -1,16 +1,17 @@
 //! The kernel's WireGuard device, over generic netlink.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use wireguard_uapi::err::{ConnectError, NlError, SetDeviceError};
+use wireguard_uapi::err::{ConnectError, GetDeviceError, NlError, SetDeviceError};
 use wireguard_uapi::linux::set;
 use wireguard_uapi::{DeviceInterface, WgSocket, get};
 
-use super::witness::Witness;
-use super::{Backend, Change, DeviceName, Error, Peer};
+use super::witness::{Page, Witness};
+use super::{Backend, Change, DeviceName, Error, Peer, PublicKey, Snapshot};
 
 /// How often a disturbed dump is started again.
 const TRIES: u32 = 50;
@@ -20,6 +21,10 @@ const TRIES: u32 = 50;
 /// most 40 bytes, a peer without any 56.
 const MESSAGE_ITEMS: usize = 500;
 
+/// The removals in one message. For each the kernel waits until no CPU uses the peer any more, up to
+/// some milliseconds, and holds the lock of all network configuration from the first to the last.
+const MESSAGE_REMOVALS: usize = 16;
+
 /// The kernel's device of that name, until the deadline.
 pub(super) struct Kernel<'a> {
     pub(super) device: &'a DeviceName,
@@ -27,15 +32,17 @@ pub(super) struct Kernel<'a> {
 }
 
 impl Backend for Kernel<'_> {
-    fn peers(&self) -> Result<Vec<Peer>, Error> {
+    fn device(&self) -> &DeviceName {
+        self.device
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, Error> {
         for attempt in 1..=TRIES {
             if let Some(device) = self.try_dump()? {
-                return device
-                    .peers
-                    .into_iter()
-                    .map(Peer::from_crate)
-                    .collect::<Option<_>>()
-                    .ok_or_else(|| self.internal("the kernel sent an impossible allowed IP"));
+                let own_key = device.public_key.map(PublicKey::from);
+                let peers = device.peers.into_iter().map(Peer::from_crate).collect::<Option<_>>();
+                let impossible = || self.internal("the kernel sent an impossible allowed IP");
+                return Ok(Snapshot { own_key, peers: peers.ok_or_else(impossible)? });
             }
             // Bursts of changes pass: give them more and more time.
             let pause = Duration::from_millis(attempt.min(20).into());
@@ -47,11 +54,17 @@ impl Backend for Kernel<'_> {
         Err(Error::Disturbed(self.device.clone()))
     }
 
-    fn apply(&self, changes: &[Change]) -> Result<(), Error> {
+    fn apply(
+        &self,
+        changes: &[Change],
+        before: Option<&Snapshot>,
+        applied: &AtomicUsize,
+    ) -> Result<(), Error> {
         // The kernel silently ignores a peer with the device's own key.
-        let witness = Witness::open(self.device, self.deadline).map_err(|e| self.error(e))?;
-        let own_key = witness.page().map_err(|e| self.error(e))?.own_key;
-        drop(witness);
+        let own_key = match before {
+            Some(before) => before.own_key,
+            None => self.own_key().map_err(|errno| self.error(errno))?,
+        };
         let own = changes.iter().find_map(|change| match change {
             Change::Set(key, _) if Some(**key) == own_key => Some(**key),
             _ => None,
@@ -59,43 +72,84 @@ impl Backend for Kernel<'_> {
         if let Some(key) = own {
             return Err(Error::OwnKey(self.device.clone(), key));
         }
-        if Instant::now() >= self.deadline {
-            return Err(Error::Timeout(self.device.clone()));
-        }
         let mut socket = self.connect()?;
-        let (mut message, mut items) = (Vec::new(), 0);
-        for peer in changes.iter().flat_map(set_peers) {
-            items += 1 + peer.allowed_ips.len();
-            if items > MESSAGE_ITEMS {
-                self.send(&mut socket, std::mem::take(&mut message))?;
-                items = 1 + peer.allowed_ips.len();
+        let mut message = Message::default();
+        for (done, change) in changes.iter().enumerate() {
+            for (part, peer) in set_peers(change).enumerate() {
+                if !message.has_room(&peer) {
+                    self.send(&mut socket, &mut message)?;
+                    applied.store(done, Ordering::Relaxed);
+                    message.finishes_a_peer = part > 0;
+                }
+                message.push(peer);
             }
-            message.push(peer);
         }
-        self.send(&mut socket, message)
+        self.send(&mut socket, &mut message)?;
+        applied.store(changes.len(), Ordering::Relaxed);
+        Ok(())
     }
 }
 
+/// What goes to the kernel at one go.
+#[derive(Default)]
+struct Message<'a> {
+    peers: Vec<set::Peer<'a>>,
+    /// Peers and allowed IPs.
+    items: usize,
+    removals: usize,
+    /// The message before has the beginning of the first peer.
+    finishes_a_peer: bool,
+}
+
+impl<'a> Message<'a> {
+    fn has_room(&self, peer: &set::Peer) -> bool {
+        self.items + 1 + peer.allowed_ips.len() <= MESSAGE_ITEMS
+            && self.removals + removals(peer) <= MESSAGE_REMOVALS
+    }
+
+    fn push(&mut self, peer: set::Peer<'a>) {
+        self.items += 1 + peer.allowed_ips.len();
+        self.removals += removals(&peer);
+        self.peers.push(peer);
+    }
+}
+
+fn removals(peer: &set::Peer) -> usize {
+    usize::from(peer.flags.contains(&set::WgPeerF::RemoveMe))
+}
+
 impl Kernel<'_> {
+    fn own_key(&self) -> Result<Option<PublicKey>, Errno> {
+        let witness = Witness::open(self.deadline)?;
+        witness.begin(self.device)?;
+        witness.page().map(|page| page.own_key)
+    }
+
     /// One dump; `None` where it was disturbed.
     ///
     /// The crate panics on some disturbed dumps and returns others cut short; the witness tells.
     fn try_dump(&self) -> Result<Option<get::Device>, Error> {
-        let witness = Witness::open(self.device, self.deadline).map_err(|e| self.error(e))?;
+        let witness = Witness::open(self.deadline).map_err(|errno| self.error(errno))?;
         let mut socket = self.connect()?;
         let interface = DeviceInterface::from_name(self.device.as_str());
+        witness.begin(self.device).map_err(|errno| self.error(errno))?;
         let dump = catch_unwind(AssertUnwindSafe(|| socket.get_device(interface)));
-        let first = witness.page().map_err(|e| self.error(e))?;
-        let Ok(dump) = dump else { return Ok(None) };
-        let Ok(dump) = dump else { return Ok(None) };
-        let second =
-            if first.last { None } else { Some(witness.page().map_err(|e| self.error(e))?) };
-        let complete = match second {
-            Some(second) if second.has_device => !second.interrupted,
-            _ => {
-                let peers = dump.peers.iter();
-                peers.map(|peer| (peer.public_key.into(), peer.allowed_ips.len())).eq(first.peers)
-            }
+        let first = witness.page().map_err(|errno| self.error(errno))?;
+        let second = if first.last { Ok(Page::default()) } else { witness.page() };
+        let second = second.map_err(|errno| self.error(errno))?;
+        if second.interrupted {
+            return Ok(None);
+        }
+        let dump = match dump {
+            Ok(Ok(dump)) => dump,
+            // The panic and "no such device" come of changes, too.
+            Err(_) | Ok(Err(GetDeviceError::AccessError)) => return Ok(None),
+            Ok(Err(error)) => return Err(self.internal(&error.to_string())),
+        };
+        let complete = second.has_device || {
+            let peers = dump.peers.iter();
+            let peers = peers.map(|peer| (peer.public_key.into(), peer.allowed_ips.len()));
+            peers.eq(first.peers)
         };
         Ok((complete && first.ifindex == Some(dump.ifindex)).then_some(dump))
     }
@@ -109,8 +163,16 @@ impl Kernel<'_> {
         })
     }
 
-    fn send(&self, socket: &mut WgSocket, peers: Vec<set::Peer>) -> Result<(), Error> {
-        let message = set::Device::from_ifname(self.device.as_str()).peers(peers);
+    /// Sends the message and makes it empty.
+    fn send(&self, socket: &mut WgSocket, message: &mut Message) -> Result<(), Error> {
+        let message = std::mem::take(message);
+        if message.peers.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= self.deadline && !message.finishes_a_peer {
+            return Err(Error::Timeout(self.device.clone()));
+        }
+        let message = set::Device::from_ifname(self.device.as_str()).peers(message.peers);
         socket.set_device(message).map_err(|error| match error {
             SetDeviceError::NlError(NlError::Nlmsgerr(error)) => {
                 self.error(Errno::from_raw(error.error.saturating_neg()))
@@ -133,23 +195,18 @@ impl Kernel<'_> {
 
 /// A change as the kernel takes it: in several parts where its allowed IPs fill more than one
 /// message. Nothing but the allowed IPs of a peer that exists is touched.
-fn set_peers<'a>(change: &Change<'a>) -> Vec<set::Peer<'a>> {
-    match *change {
-        Change::Remove(key) => {
-            vec![set::Peer::from_public_key(key.as_bytes()).flags(vec![set::WgPeerF::RemoveMe])]
-        }
-        Change::Set(key, allowed_ips) => {
-            let mut chunks = allowed_ips.chunks(MESSAGE_ITEMS - 1);
-            let peer = |chunk: &'a [super::AllowedIp]| {
-                let allowed_ips = chunk.iter().map(|ip| set::AllowedIp {
-                    ipaddr: ip.address(),
-                    cidr_mask: Some(ip.prefix_len()),
-                });
-                set::Peer::from_public_key(key.as_bytes()).allowed_ips(allowed_ips.collect())
-            };
-            let first = peer(chunks.next().unwrap_or_default())
-                .flags(vec![set::WgPeerF::ReplaceAllowedIps]);
-            std::iter::once(first).chain(chunks.map(peer)).collect()
-        }
-    }
+fn set_peers<'a>(change: &Change<'a>) -> impl Iterator<Item = set::Peer<'a>> {
+    let (key, allowed_ips, flag) = match *change {
+        Change::Remove(key) => (key, &[][..], set::WgPeerF::RemoveMe),
+        Change::Set(key, allowed_ips) => (key, allowed_ips, set::WgPeerF::ReplaceAllowedIps),
+    };
+    let mut chunks = allowed_ips.chunks(MESSAGE_ITEMS - 1);
+    let peer = |chunk: &'a [super::AllowedIp]| {
+        let allowed_ips = chunk
+            .iter()
+            .map(|ip| set::AllowedIp { ipaddr: ip.address(), cidr_mask: Some(ip.prefix_len()) });
+        set::Peer::from_public_key(key.as_bytes()).allowed_ips(allowed_ips.collect())
+    };
+    let first = peer(chunks.next().unwrap_or_default()).flags(vec![flag]);
+    std::iter::once(first).chain(chunks.map(peer))
 }

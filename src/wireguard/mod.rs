@@ -2,6 +2,8 @@
 
 mod error;
 mod kernel;
+mod reply;
+mod sync;
 mod turns;
 mod types;
 mod userspace;
@@ -10,6 +12,7 @@ mod witness;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,14 +21,17 @@ use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use nix::sys::signal::SigSet;
 
-pub use error::Error;
+pub use error::{Error, SyncError};
 use kernel::Kernel;
+use sync::Difference;
+pub use sync::{Conflict, Synced, Wanted, WantedBuilder};
 use turns::Turns;
 pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
 use userspace::Userspace;
 
 /// Name of the threads on which operations run. The crate below panics on some dumps, which is
-/// caught there: a panic hook may keep quiet about threads of this name.
+/// caught there: a panic hook should keep quiet about threads of this name, since a backtrace of
+/// each takes a good part of an operation's time.
 pub const THREAD_NAME: &str = "wireguard";
 
 /// An operation gives up this long before its caller does, so that the caller learns why.
@@ -39,11 +45,26 @@ pub struct WireGuard {
 
 /// What a kernel device and a userspace device can both do, within a deadline.
 trait Backend {
-    /// All peers.
-    fn peers(&self) -> Result<Vec<Peer>, Error>;
-    /// Applies the changes, removals first. What has begun before the deadline is finished, so that
-    /// no peer is left with half of its allowed IPs.
-    fn apply(&self, changes: &[Change]) -> Result<(), Error>;
+    /// Name of the device.
+    fn device(&self) -> &DeviceName;
+    /// The device as it is now.
+    fn snapshot(&self) -> Result<Snapshot, Error>;
+    /// Applies the changes, removals first, and counts those that are known to be applied. `before`
+    /// is the device as it is now, where the caller knows. A change that has begun before the
+    /// deadline is finished, so that no peer is left with half of its allowed IPs.
+    fn apply(
+        &self,
+        changes: &[Change],
+        before: Option<&Snapshot>,
+        applied: &AtomicUsize,
+    ) -> Result<(), Error>;
+}
+
+/// A device at one moment.
+struct Snapshot {
+    /// Its own public key; wireguard-go does not tell.
+    own_key: Option<PublicKey>,
+    peers: Vec<Peer>,
 }
 
 /// A change to a device.
@@ -67,7 +88,7 @@ impl WireGuard {
 
     /// All peers. Answers or fails by `deadline`.
     pub fn peers(&self, deadline: Instant) -> Result<Vec<Peer>, Error> {
-        self.run(deadline, |backend| backend.peers())
+        self.run(deadline, |backend| Ok(backend.snapshot()?.peers))
     }
 
     /// Adds the peer, or replaces the allowed IPs of the one that exists and leaves its session,
@@ -80,19 +101,62 @@ impl WireGuard {
         deadline: Instant,
     ) -> Result<(), Error> {
         let (key, allowed_ips) = (*key, allowed_ips.to_vec());
-        self.run(deadline, move |backend| backend.apply(&[Change::Set(&key, &allowed_ips)]))
+        self.run(deadline, move |backend| {
+            backend.apply(&[Change::Set(&key, &allowed_ips)], None, &AtomicUsize::new(0))
+        })
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
     pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
         let key = *key;
         self.run(deadline, move |backend| {
-            let peer = backend.peers()?.into_iter().find(|peer| peer.public_key == key);
-            if peer.is_some() {
-                backend.apply(&[Change::Remove(&key)])?;
+            let before = backend.snapshot()?;
+            if before.peers.iter().any(|peer| peer.public_key == key) {
+                backend.apply(&[Change::Remove(&key)], Some(&before), &AtomicUsize::new(0))?;
             }
-            Ok(peer)
+            Ok(before.peers.into_iter().find(|peer| peer.public_key == key))
         })
+    }
+
+    /// Makes these the device's only peers, each with exactly these allowed IPs. Peers that are
+    /// right already are not touched. With `dry_run`, nothing is changed.
+    ///
+    /// What fails half-way leaves whole peers; the same call again does the rest.
+    pub fn sync_peers(
+        &self,
+        wanted: Wanted,
+        dry_run: bool,
+        deadline: Instant,
+    ) -> Result<Synced, SyncError> {
+        // How many changes there are, and how many are applied.
+        let progress = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+        let shared = Arc::clone(&progress);
+        let failed = move |cause, done| {
+            let changes = progress.0.load(Ordering::Relaxed);
+            SyncError { cause, changes, applied: progress.1.load(Ordering::Relaxed), done }
+        };
+        let result = self.run(deadline, move |backend| {
+            let before = backend.snapshot()?;
+            if let Some(own_key) = before.own_key.filter(|key| wanted.contains(key)) {
+                return Err(Error::OwnKey(backend.device().clone(), own_key));
+            }
+            let mut difference = Difference::new(&before.peers, &wanted);
+            let mut failure = None;
+            if !dry_run {
+                let changes = difference.changes(&before.peers, &wanted);
+                shared.0.store(changes.len(), Ordering::Relaxed);
+                failure = backend.apply(&changes, Some(&before), &shared.1).err();
+            }
+            if failure.is_some() {
+                difference.truncate(shared.1.load(Ordering::Relaxed));
+            }
+            Ok((failure, difference.into_synced(before.peers, &wanted)))
+        });
+        match result {
+            Ok((None, synced)) => Ok(synced),
+            Ok((Some(cause), done)) => Err(failed(cause, Box::new(done))),
+            Err(cause) => Err(failed(cause, Box::default())),
+        }
     }
 
     /// Runs an operation on a thread of its own, which keeps the turn until it ends: the kernel may
@@ -140,7 +204,7 @@ fn choose<T>(
         Err(Error::Kernel(_, errno @ (ENODEV | ENOENT | EOPNOTSUPP | EPERM))) => errno,
         result => return result,
     };
-    match operation(&Userspace { device, deadline }) {
+    match operation(&Userspace::new(device, deadline)) {
         Err(Error::Socket(path, error)) => {
             Err(neither(device, errno, error.kind()).unwrap_or(Error::Socket(path, error)))
         }
@@ -157,12 +221,80 @@ fn neither(device: &DeviceName, errno: Errno, socket: io::ErrorKind) -> Option<E
         return None;
     }
     let device = device.clone();
-    if if_nametoindex(device.as_str()).is_err() {
+    if errno == Errno::ENODEV || if_nametoindex(device.as_str()).is_err() {
         return Some(Error::NoDevice(device));
     }
     match errno {
         Errno::EPERM => Some(Error::NoPermission(device)),
         _ if hidden => None,
         _ => Some(Error::NotWireGuard(device)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(200)
+    }
+
+    #[test]
+    fn neither_backend() {
+        use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+        let sentence = |device: &str, errno, socket| {
+            let error = neither(&device.parse().unwrap(), errno, socket);
+            error.map_or_else(|| "that of the socket".to_owned(), |error| error.to_string())
+        };
+        for (device, errno, socket, expected) in [
+            ("no-such-device", Errno::ENODEV, NotFound, "does not exist"),
+            ("no-such-device", Errno::ENOENT, NotFound, "does not exist"),
+            ("no-such-device", Errno::EPERM, NotFound, "does not exist"),
+            ("no-such-device", Errno::EPERM, PermissionDenied, "does not exist"),
+            ("lo", Errno::ENODEV, NotFound, "does not exist"),
+            ("lo", Errno::ENOENT, NotFound, "not a WireGuard device"),
+            ("lo", Errno::EOPNOTSUPP, NotFound, "not a WireGuard device"),
+            ("lo", Errno::EPERM, NotFound, "CAP_NET_ADMIN"),
+            ("lo", Errno::EPERM, PermissionDenied, "CAP_NET_ADMIN"),
+            ("lo", Errno::EOPNOTSUPP, PermissionDenied, "that of the socket"),
+            ("lo", Errno::EPERM, ConnectionRefused, "that of the socket"),
+        ] {
+            let sentence = sentence(device, errno, socket);
+            assert!(sentence.contains(expected), "{device} {errno} {socket}: {sentence}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there() {
+        let wireguard = WireGuard::new("no-such-device".parse().unwrap());
+        let key = PublicKey::from([1; 32]);
+        let errors = [
+            wireguard.peers(soon()).unwrap_err(),
+            wireguard.add_peer(&key, &[], soon()).unwrap_err(),
+            wireguard.remove_peer(&key, soon()).unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, Error::NoDevice(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn panics_and_hangs_stay_inside() {
+        let wireguard = WireGuard::new("wg0".parse().unwrap());
+        let far = Instant::now() + Duration::from_secs(60);
+        let result: Result<(), _> = wireguard.run(far, |_| panic!("as the crate does"));
+        assert!(matches!(result, Err(Error::Internal(..))));
+
+        // An operation hangs: it and those after it time out, until it comes back.
+        let (release, hang) = mpsc::channel::<()>();
+        let hang = std::sync::Mutex::new(hang);
+        let hung = wireguard.run(soon(), move |_| {
+            let _ = hang.lock().unwrap().recv();
+            Ok(())
+        });
+        assert!(hung.unwrap_err().is_timeout());
+        assert!(wireguard.run(soon(), |_| Ok(())).unwrap_err().is_timeout());
+        drop(release);
+        assert!(wireguard.run(far, |_| Ok(())).is_ok());
     }
 }

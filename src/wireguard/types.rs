@@ -98,17 +98,21 @@ impl FromStr for PublicKey {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
         // `STANDARD` demands the padding and refuses stray bits before it.
-        STANDARD
-            .decode(text)
-            .ok()
-            .and_then(|bytes| bytes.try_into().ok())
+        let mut bytes = [0; 33]; // what 44 characters may hold
+        let length = (text.len() == 44).then(|| STANDARD.decode_slice(text, &mut bytes).ok());
+        (length == Some(Some(32)))
+            .then(|| bytes.first_chunk().copied())
+            .flatten()
             .map(Self)
             .ok_or(ParseError("must be 32 bytes in base64 (44 characters, the last one `=`)"))
     }
 }
 impl fmt::Display for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&STANDARD.encode(self.0))
+        let mut text = [0; 44];
+        let length = STANDARD.encode_slice(self.0, &mut text).map_err(|_| fmt::Error)?;
+        let text = text.get(..length).and_then(|text| std::str::from_utf8(text).ok());
+        f.write_str(text.ok_or(fmt::Error)?)
     }
 }
 impl fmt::Debug for PublicKey {
@@ -169,10 +173,14 @@ impl Peer {
     /// Takes what is needed from the crate's peer and leaves its preshared key behind;
     /// `None` where an allowed IP is impossible.
     pub(super) fn from_crate(peer: wireguard_uapi::get::Peer) -> Option<Self> {
-        let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
+        // Exactly as long as needed: there may be a hundred thousand.
+        let mut allowed_ips = Vec::with_capacity(peer.allowed_ips.len());
+        for ip in &peer.allowed_ips {
+            allowed_ips.push(AllowedIp::new(ip.ipaddr, ip.cidr_mask)?);
+        }
         Some(Self {
             public_key: peer.public_key.into(),
-            allowed_ips: allowed_ips.collect::<Option<_>>()?,
+            allowed_ips,
             last_handshake: Some(peer.last_handshake_time)
                 .filter(|time| *time != Duration::ZERO)
                 .and_then(|time| SystemTime::UNIX_EPOCH.checked_add(time)),

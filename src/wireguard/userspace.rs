@@ -2,30 +2,34 @@
 //!
 //! The text protocol is that of <https://www.wireguard.com/xplatform/>.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::collections::{HashMap, HashSet};
+use std::io::{self, BufReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
+use wireguard_uapi::get;
+use wireguard_uapi::xplatform::parser::ParseGetResponseError;
 use wireguard_uapi::xplatform::set;
 
-use super::{Backend, Change, DeviceName, Error, Peer, PublicKey};
+use super::reply::{parse_device, parse_settings, parse_status};
+use super::{Backend, Change, DeviceName, Error, PublicKey, Snapshot};
 
-/// The longest line and the longest answer that are read. A line holds a key or an address; a
-/// peer takes some 400 bytes.
-const LINE_LIMIT: u64 = 1024;
-const REPLY_LIMIT: u64 = 64 << 20;
+/// The peers in one request: so many that the process answers well before the deadline.
+const REQUEST_PEERS: usize = 1000;
 
 /// The process behind the device's socket, until the deadline.
 pub(super) struct Userspace<'a> {
-    pub(super) device: &'a DeviceName,
-    pub(super) deadline: Instant,
+    device: &'a DeviceName,
+    path: PathBuf,
+    deadline: Instant,
 }
 
 /// Where the process of a device listens.
@@ -33,63 +37,106 @@ pub(super) fn socket_path(device: &DeviceName) -> PathBuf {
     format!("/var/run/wireguard/{device}.sock").into()
 }
 
-/// What `get=1` says. boringtun alone tells its own key.
-struct Device {
-    own_key: Option<PublicKey>,
-    peers: Vec<Peer>,
-}
-
 impl Backend for Userspace<'_> {
-    fn peers(&self) -> Result<Vec<Peer>, Error> {
-        self.get().map(|device| device.peers)
+    fn device(&self) -> &DeviceName {
+        self.device
     }
 
-    fn apply(&self, changes: &[Change]) -> Result<(), Error> {
-        let before = self.get()?;
+    fn snapshot(&self) -> Result<Snapshot, Error> {
+        let reader = self.exchange("get=1\n\n")?;
+        parse_device(reader, SystemTime::now()).map_err(|error| self.parse_error(error))
+    }
+
+    fn apply(
+        &self,
+        changes: &[Change],
+        before: Option<&Snapshot>,
+        applied: &AtomicUsize,
+    ) -> Result<(), Error> {
+        let fresh = before.is_none().then(|| self.snapshot()).transpose()?;
+        let Some(before) = before.or(fresh.as_ref()) else { return Ok(()) };
         let is_boringtun = before.own_key.is_some();
-        let find = |key: &PublicKey| before.peers.iter().find(|peer| peer.public_key == *key);
-        let (mut removed, mut set, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        let present = before.peers.iter().map(|peer| (&peer.public_key, &peer.allowed_ips));
+        let present: HashMap<_, _> = present.collect();
+        let mut added = false;
         for change in changes {
             match *change {
-                Change::Remove(key) => removed.push(*key),
                 Change::Set(key, _) if Some(*key) == before.own_key => {
                     return Err(Error::OwnKey(self.device.clone(), *key));
                 }
-                Change::Set(key, allowed_ips) => {
-                    match find(key) {
-                        None => added.push(*key),
-                        // boringtun panics when a peer that exists is changed.
-                        Some(peer) if is_boringtun => {
-                            if same_set(&peer.allowed_ips, allowed_ips) {
-                                continue;
-                            }
-                            removed.push(*key);
-                        }
-                        Some(_) => {}
-                    }
-                    let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
-                        ipaddr: *ip.address(),
-                        cidr_mask: ip.prefix_len(),
-                    });
-                    let peer =
-                        set::Peer::from_public_key(*key.as_bytes()).replace_allowed_ips(true);
-                    set.push(peer.allowed_ips(allowed_ips.collect()));
-                }
+                Change::Set(key, _) => added |= !present.contains_key(key),
+                Change::Remove(_) => {}
             }
         }
-        // Two requests: boringtun applies `remove` to all further peers of a request.
-        let remove = |key: PublicKey| set::Peer::from_public_key(*key.as_bytes()).remove(true);
-        self.set(removed.into_iter().map(remove).collect())?;
-        self.set(set)?;
+        // boringtun panics when a peer that exists is changed: it is removed, and added as it was.
+        let replaced = |change: &Change| match *change {
+            Change::Set(key, wanted) if is_boringtun => {
+                present.get(key).is_some_and(|now| !same_set(now, wanted))
+            }
+            _ => false,
+        };
+        let settings = match changes.iter().any(replaced) {
+            true => self.settings()?,
+            false => HashMap::new(),
+        };
+        for batch in changes.chunks(REQUEST_PEERS) {
+            let (mut removed, mut set) = (Vec::new(), Vec::new());
+            for change in batch {
+                match *change {
+                    Change::Remove(key) => removed.push(*key),
+                    Change::Set(key, allowed_ips) => {
+                        let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
+                            ipaddr: *ip.address(),
+                            cidr_mask: ip.prefix_len(),
+                        });
+                        let peer = set::Peer::from_public_key(*key.as_bytes())
+                            .replace_allowed_ips(true)
+                            .allowed_ips(allowed_ips.collect());
+                        match settings.get(key) {
+                            Some(old) if replaced(change) => {
+                                // Requests of its own: boringtun applies what one peer of a
+                                // request has, `remove` among it, to all that follow.
+                                self.set(vec![removal(*key)])?;
+                                self.set(vec![with_settings(peer, old)])?;
+                            }
+                            _ if is_boringtun && present.contains_key(key) => {}
+                            _ => set.push(peer),
+                        }
+                    }
+                }
+            }
+            self.set(removed.into_iter().map(removal).collect())?;
+            self.set(set)?;
+            applied.fetch_add(batch.len(), Ordering::Relaxed);
+        }
         // wireguard-go silently ignores a peer with the device's own key.
-        if !added.is_empty() && !is_boringtun {
-            let after = self.get()?;
-            let listed = |key: &PublicKey| after.peers.iter().any(|peer| peer.public_key == *key);
-            if let Some(key) = added.into_iter().find(|key| !listed(key)) {
+        if added && !is_boringtun {
+            let after = self.snapshot()?;
+            let listed: HashSet<_> = after.peers.iter().map(|peer| &peer.public_key).collect();
+            let missing = changes.iter().find_map(|change| match change {
+                Change::Set(key, _) if !listed.contains(key) => Some(**key),
+                _ => None,
+            });
+            if let Some(key) = missing {
                 return Err(Error::NotAdded(self.device.clone(), key));
             }
         }
         Ok(())
+    }
+}
+
+fn removal(key: PublicKey) -> set::Peer {
+    set::Peer::from_public_key(*key.as_bytes()).remove(true)
+}
+
+/// `peer` with what else is known of it.
+fn with_settings(peer: set::Peer, old: &get::Peer) -> set::Peer {
+    set::Peer {
+        preshared_key: Some(old.preshared_key).filter(|key| *key != [0; 32]),
+        endpoint: old.endpoint,
+        persistent_keepalive_interval: Some(old.persistent_keepalive_interval)
+            .filter(|seconds| *seconds != 0),
+        ..peer
     }
 }
 
@@ -103,10 +150,16 @@ fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
     left == right
 }
 
-impl Userspace<'_> {
-    fn get(&self) -> Result<Device, Error> {
-        let reader = self.exchange("get=1\n\n")?;
-        parse_device(reader, SystemTime::now()).map_err(|error| self.parse_error(error))
+impl<'a> Userspace<'a> {
+    pub(super) fn new(device: &'a DeviceName, deadline: Instant) -> Self {
+        Self { device, path: socket_path(device), deadline }
+    }
+
+    /// What is known of each peer, secrets among it.
+    fn settings(&self) -> Result<HashMap<PublicKey, get::Peer>, Error> {
+        let peers = parse_settings(self.exchange("get=1\n\n")?);
+        let peers = peers.map_err(|error| self.parse_error(error))?;
+        Ok(peers.into_iter().map(|peer| (peer.public_key.into(), peer)).collect())
     }
 
     fn set(&self, peers: Vec<set::Peer>) -> Result<(), Error> {
@@ -133,12 +186,14 @@ impl Userspace<'_> {
         let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
         let left = i64::try_from(time_left(self.deadline)?.as_micros()).unwrap_or(i64::MAX);
         setsockopt(&socket, sockopt::SendTimeout, &TimeVal::microseconds(left))?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(&socket_path(self.device))?)?;
-        Ok(socket.into())
+        connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
+        let stream = UnixStream::from(socket);
+        stream.set_nonblocking(true)?;
+        Ok(stream)
     }
 
     fn io_error(&self, error: io::Error) -> Error {
-        let path = socket_path(self.device);
+        let path = self.path.clone();
         match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::SocketTimeout(path),
             _ => Error::Socket(path, error),
@@ -146,7 +201,7 @@ impl Userspace<'_> {
     }
 
     fn parse_error(&self, error: ParseGetResponseError) -> Error {
-        let path = socket_path(self.device);
+        let path = self.path.clone();
         match error {
             ParseGetResponseError::ReadLineIoError(error) => match error.kind() {
                 io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
@@ -163,7 +218,8 @@ impl Userspace<'_> {
     }
 }
 
-/// The socket with one deadline for all that is read and written.
+/// The socket, which never blocks, with one deadline for all that is read and written. `poll` is
+/// exact, while the kernel rounds socket time-outs of some seconds up by a quarter of a second.
 struct Stream {
     stream: UnixStream,
     deadline: Instant,
@@ -175,255 +231,132 @@ fn time_left(deadline: Instant) -> io::Result<Duration> {
     if left < Duration::from_micros(1) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
+impl Stream {
+    /// Does the operation once the socket is ready for it.
+    fn when_ready<T>(
+        &mut self,
+        event: PollFlags,
+        mut operation: impl FnMut(&mut UnixStream) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            let left = time_left(self.deadline)? + Duration::from_millis(1);
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            poll(&mut [PollFd::new(self.stream.as_fd(), event)], left)?;
+            match operation(&mut self.stream) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+        }
+    }
+}
+
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(time_left(self.deadline)?))?;
-        self.stream.read(buffer)
+        self.when_ready(PollFlags::POLLIN, |stream| stream.read(buffer))
     }
 }
 impl Write for Stream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(Some(time_left(self.deadline)?))?;
-        self.stream.write(buffer)
+        self.when_ready(PollFlags::POLLOUT, |stream| stream.write(buffer))
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// The lines of an answer as the crate's parser can take them: only the keys that are needed (it
-/// refuses unknown ones), after a `listen_port` (it panics without), with the handshake times
-/// reset at each peer (it keeps those of the peer before), up to the empty line at the end.
-struct Lines<R> {
-    reader: R,
-    read: u64,
-    /// Lines to give before the next one is read.
-    inserted: Vec<&'static str>,
-    own_key: Option<PublicKey>,
-    has_status: bool,
-}
-
-impl<R: BufRead> Lines<R> {
-    fn new(reader: R) -> Self {
-        Self { reader, read: 0, inserted: vec!["listen_port=0"], own_key: None, has_status: false }
-    }
-
-    fn read_line(&mut self) -> io::Result<String> {
-        let mut line = Vec::new();
-        let length = (&mut self.reader).take(LINE_LIMIT).read_until(b'\n', &mut line)?;
-        self.read += u64::try_from(length).unwrap_or(u64::MAX);
-        let bad = |what| io::Error::new(io::ErrorKind::InvalidData, what);
-        match line.pop() {
-            Some(b'\n') if self.read > REPLY_LIMIT => Err(bad("its answer is too long")),
-            Some(b'\n') => String::from_utf8(line).map_err(|_| bad("its answer is not text")),
-            _ if length as u64 == LINE_LIMIT => Err(bad("its answer has a line that is too long")),
-            _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "its answer ends early")),
-        }
-    }
-
-    fn next_line(&mut self) -> io::Result<String> {
-        if let Some(line) = self.inserted.pop() {
-            return Ok(line.to_owned());
-        }
-        let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
-        loop {
-            let line = self.read_line()?;
-            let (key, value) = line.split_once('=').unwrap_or((&line, ""));
-            match key {
-                "" if line.is_empty() && !self.has_status => return bad("its answer has no errno"),
-                "" if line.is_empty() => return Ok(line),
-                "public_key" => {
-                    self.inserted = vec!["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
-                    return Ok(line);
-                }
-                "own_public_key" => match parse_hex_key(value) {
-                    Some(key) => self.own_key = Some(key),
-                    None => return bad("its own public key is malformed"),
-                },
-                "errno" => {
-                    self.has_status = true;
-                    return Ok(line);
-                }
-                "allowed_ip"
-                | "rx_bytes"
-                | "tx_bytes"
-                | "last_handshake_time_sec"
-                | "last_handshake_time_nsec" => return Ok(line),
-                _ => {}
-            }
-        }
-    }
-}
-
-impl<R: BufRead> Iterator for Lines<R> {
-    type Item = io::Result<String>;
-    fn next(&mut self) -> Option<Self::Item> {
-        Some(self.next_line())
-    }
-}
-
-fn parse_hex_key(text: &str) -> Option<PublicKey> {
-    let mut key = [0; 32];
-    let digits = text.as_bytes();
-    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
-        return None;
-    }
-    for (byte, pair) in key.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-    }
-    Some(key.into())
-}
-
-/// Parses the answer to `get=1`.
-fn parse_device(reader: impl BufRead, now: SystemTime) -> Result<Device, ParseGetResponseError> {
-    let mut lines = Lines::new(reader);
-    let device = parse(&mut lines)?;
-    let malformed = || {
-        let error = io::Error::new(io::ErrorKind::InvalidData, "it has an impossible allowed IP");
-        ParseGetResponseError::ReadLineIoError(error)
-    };
-    let peers = device.peers.into_iter().map(Peer::from_crate);
-    let mut peers = peers.collect::<Option<Vec<_>>>().ok_or_else(malformed)?;
-    if lines.own_key.is_some() {
-        // boringtun tells how long ago the handshake was, not when.
-        for time in peers.iter_mut().filter_map(|peer| peer.last_handshake.as_mut()) {
-            let age = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            *time = now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-        }
-    }
-    Ok(Device { own_key: lines.own_key, peers })
-}
-
-/// Parses the answer to `set=1`.
-fn parse_status(reader: impl BufRead) -> Result<(), ParseGetResponseError> {
-    parse(&mut Lines::new(reader)).map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+    use std::thread;
 
-    const KEYS: [&str; 3] = [
-        "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
-        "58402e695ba1772b1cc9309755f043251ea77fdcf10fbe63989ceb7e19321376",
-        "662E14FD594556F522604703340351258903B64F35553763F19426AB2A515C58",
-    ];
+    use super::super::Peer;
 
-    fn parse_text(text: &str) -> Result<Device, ParseGetResponseError> {
-        parse_device(text.as_bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000))
+    /// A socket of its own for a test.
+    fn listen(name: &str) -> (PathBuf, UnixListener) {
+        let path = std::env::temp_dir().join(format!("wg-{}-{name}.sock", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        (path, listener)
     }
 
-    fn seconds(peer: &Peer) -> Option<u64> {
-        let time = peer.last_handshake?;
-        Some(time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs())
-    }
-
-    #[test]
-    fn wireguard_go() {
-        let [first, second, third] = KEYS;
-        let zeros = "0".repeat(64);
-        let device = parse_text(&format!(
-            "private_key={zeros}\nlisten_port=12912\nfwmark=1\n\
-             public_key={first}\npreshared_key={zeros}\nprotocol_version=1\n\
-             endpoint=[fe80::1%eth0]:51820\nlast_handshake_time_sec=1600000000\n\
-             last_handshake_time_nsec=5\ntx_bytes=38333\nrx_bytes=2224\n\
-             persistent_keepalive_interval=111\nallowed_ip=192.168.4.4/32\nallowed_ip=fd00::/64\n\
-             public_key={second}\nprotocol_version=1\nlast_handshake_time_sec=0\n\
-             last_handshake_time_nsec=0\ntx_bytes=0\nrx_bytes=18446744073709551615\n\
-             public_key={third}\nnews_of_the_day=none\n\
-             errno=0\n\npublic_key=what comes after the end"
-        ))
-        .unwrap();
-        assert_eq!(device.own_key, None);
-        let keys: Vec<_> = device.peers.iter().map(|peer| peer.public_key).collect();
-        assert_eq!(keys, KEYS.map(|key| parse_hex_key(key).unwrap()));
-        assert_eq!(
-            device.peers.iter().map(seconds).collect::<Vec<_>>(),
-            [Some(1_600_000_000), None, None]
-        );
-        assert_eq!((device.peers[0].rx_bytes, device.peers[0].tx_bytes), (2224, 38333));
-        assert_eq!((device.peers[1].rx_bytes, device.peers[1].allowed_ips.len()), (u64::MAX, 0));
-        let ips: Vec<_> = device.peers[0].allowed_ips.iter().map(ToString::to_string).collect();
-        assert_eq!(ips, ["192.168.4.4/32", "fd00::/64"]);
+    /// What `peers` gives within 300 ms.
+    fn peers(path: &Path) -> Result<Vec<Peer>, Error> {
+        let device = "wg0".parse().unwrap();
+        let deadline = Instant::now() + Duration::from_millis(300);
+        Userspace { device: &device, path: path.to_owned(), deadline }
+            .snapshot()
+            .map(|now| now.peers)
     }
 
     #[test]
-    fn boringtun() {
-        // It leaves out what is zero, and tells the age of a handshake in place of its time.
-        let [own, first, second] = KEYS;
-        let device = parse_text(&format!(
-            "own_public_key={own}\npublic_key={first}\nendpoint=10.0.0.1:5\n\
-             allowed_ip=10.0.0.0/8\nlast_handshake_time_sec=100\nlast_handshake_time_nsec=1\n\
-             rx_bytes=1\ntx_bytes=2\npublic_key={second}\nrx_bytes=0\ntx_bytes=0\nerrno=0\n\n"
-        ))
-        .unwrap();
-        assert_eq!(device.own_key, parse_hex_key(own));
-        assert_eq!(
-            device.peers.iter().map(seconds).collect::<Vec<_>>(),
-            [Some(1_699_999_899), None]
-        );
-    }
-
-    #[test]
-    fn no_peers() {
-        assert_eq!(parse_text("errno=0\n\n").unwrap().peers, []);
-        assert_eq!(parse_text("listen_port=1\nerrno=0\n\n").unwrap().peers, []);
-        assert!(parse_status(&b"errno=0\n\n"[..]).is_ok());
-    }
-
-    #[test]
-    fn malformed() {
-        let key = KEYS[0];
-        for text in [
-            "",
-            "\n",
-            "errno=0",
-            "errno=0\n",
-            "errno\n\n",
-            "errno=1\n\n",
-            "errno=-22\n\n",
-            "errno=zero\n\n",
-            "HTTP/1.1 200 OK\r\n\r\n",
-            "allowed_ip=10.0.0.0/8\nerrno=0\n\n",
-            "rx_bytes=1\nerrno=0\n\n",
-            "public_key=\nerrno=0\n\n",
-            "public_key\nerrno=0\n\n",
-            "public_key=b8\nerrno=0\n\n",
-            "own_public_key=b8\nerrno=0\n\n",
-            &format!("public_key={key}\n\n"),
-            &format!("public_key={key}\nerrno=5\n\n"),
-            &format!("public_key={key}\nerrno=0\n"),
-            &format!("public_key={key}\nallowed_ip=10.0.0.0\nerrno=0\n\n"),
-            &format!("public_key={key}\nallowed_ip=10.0.0.0/33\nerrno=0\n\n"),
-            &format!("public_key={key}\nrx_bytes=-1\nerrno=0\n\n"),
-            &format!("public_key={key}\nrx_bytes=18446744073709551616\nerrno=0\n\n"),
-            &format!("public_key={key}\nlast_handshake_time_nsec=4294967296\nerrno=0\n\n"),
-            &format!("x={}\nerrno=0\n\n", "x".repeat(2000)),
-        ] {
-            assert!(parse_text(text).is_err(), "{text:?}");
+    fn answers_of_every_kind() {
+        let (path, listener) = listen("moods");
+        let answers = [
+            ("errno=0\n\n", "no peers"),
+            ("", "ends early"),
+            ("errno=0\n", "ends early"),
+            ("errno=-22\n\n", "refused the request: Invalid argument"),
+            ("220 ESMTP\r\n\n", "does not speak WireGuard's protocol"),
+        ];
+        for (answer, expected) in answers {
+            let result = thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut stream = listener.accept().unwrap().0;
+                    let mut request = [0; 7];
+                    stream.read_exact(&mut request).unwrap();
+                    assert_eq!(&request, b"get=1\n\n");
+                    stream.write_all(answer.as_bytes()).unwrap();
+                });
+                peers(&path)
+            });
+            let result = result.map_or_else(
+                |error| error.to_string(),
+                |peers| {
+                    if peers.is_empty() { "no peers".to_owned() } else { "peers".to_owned() }
+                },
+            );
+            assert!(result.contains(expected), "{answer:?}: {result}");
         }
-        assert!(parse_device(&b"\xff\xfe\nerrno=0\n\n"[..], SystemTime::now()).is_err());
-        let endless = BufReader::new(io::repeat(b'x'));
-        assert!(parse_device(endless, SystemTime::now()).is_err());
+        drop(listener);
+        let stale = peers(&path);
+        assert!(matches!(&stale, Err(Error::Socket(..))), "{stale:?}");
+        assert!(stale.unwrap_err().to_string().contains("no process"));
+        std::fs::remove_file(path).unwrap();
     }
 
-    /// Sends the same line for ever.
-    struct Flood;
-    impl Read for Flood {
-        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            const LINE: &[u8] = b"fwmark=1234567\n";
-            let lines = buffer.len() / LINE.len();
-            for line in buffer.chunks_exact_mut(LINE.len()) {
-                line.copy_from_slice(LINE);
+    #[test]
+    fn every_wait_ends() {
+        let (path, listener) = listen("silent");
+        // Accepted by the kernel, and never answered: at the end the backlog is full as well.
+        for _ in 0..3 {
+            assert!(peers(&path).unwrap_err().is_timeout());
+        }
+        let mut held = Vec::new();
+        let device = "wg0".parse().unwrap();
+        loop {
+            let deadline = Instant::now() + Duration::from_millis(50);
+            let userspace = Userspace { device: &device, path: path.clone(), deadline };
+            match userspace.connect() {
+                Ok(stream) => held.push(stream),
+                Err(error) => break assert!(userspace.io_error(error).is_timeout()),
             }
-            Ok(lines * LINE.len())
         }
-    }
+        assert!(peers(&path).unwrap_err().is_timeout());
+        drop((held, listener));
 
-    #[test]
-    fn floods_end() {
-        let error = parse_device(BufReader::new(Flood), SystemTime::now()).err().unwrap();
-        assert!(matches!(error, ParseGetResponseError::ReadLineIoError(_)), "{error}");
+        // A drip of lines does not move the deadline.
+        std::fs::remove_file(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        let drip = thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            while stream.write_all(b"fwmark=1\n").is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        assert!(peers(&path).unwrap_err().is_timeout());
+        drip.join().unwrap();
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! A dump comes in pages. The kernel fills page 1 when the dump is asked for, and each further page
 //! when the one before it is received; a page before which the device was changed carries
 //! `NLM_F_DUMP_INTR` (`drivers/net/wireguard/netlink.c`, `nl_dump_check_consistent`). So a witness
-//! whose page 2 comes without the flag proves that nothing changed between its [`Witness::open`]
+//! whose page 2 comes without the flag proves that nothing changed between its [`Witness::begin`]
 //! and the reception of its page 1. A device small enough for one page has no page 2: there the
 //! page itself, which is filled at one go, says what the dump must hold.
 
@@ -74,9 +74,9 @@ pub(super) struct Page {
 }
 
 impl Witness {
-    /// Begins a dump of the device. `ENOENT` means that the kernel has no WireGuard module; what
-    /// is wrong with the device itself is told by its first page.
-    pub(super) fn open(device: &DeviceName, deadline: Instant) -> Result<Self, Errno> {
+    /// Makes ready; the dump begins with [`Witness::begin`]. `ENOENT` means that the kernel has no
+    /// WireGuard module.
+    pub(super) fn open(deadline: Instant) -> Result<Self, Errno> {
         let socket = socket(
             AddressFamily::Netlink,
             SockType::Raw,
@@ -87,10 +87,14 @@ impl Witness {
         let name = (CTRL_ATTR_FAMILY_NAME, "wireguard");
         witness.send(&request(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name))?;
         witness.family = parse_family(&witness.receive()?)?;
+        Ok(witness)
+    }
+
+    /// Begins the dump. What is wrong with the device is told by the first page.
+    pub(super) fn begin(&self, device: &DeviceName) -> Result<(), Errno> {
         let name = (WGDEVICE_A_IFNAME, device.as_str());
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
-        witness.send(&request(witness.family, flags, WG_CMD_GET_DEVICE, name))?;
-        Ok(witness)
+        self.send(&request(self.family, flags, WG_CMD_GET_DEVICE, name))
     }
 
     /// The next page. `ENODEV`: no such device, `EOPNOTSUPP`: it is not WireGuard, `EPERM`: no

@@ -74,6 +74,9 @@ pub enum Mood {
     Chatty,
     /// Healthy, but its replies take this many milliseconds.
     Slow(u64),
+    /// Healthy, but greets only when the next connection comes (OpenVPN 2.6 on TCP, after a
+    /// connection in its backlog has turned out to be dead).
+    Stalled,
     /// Accepts and says nothing.
     Silent,
     /// Accepts nothing, and others wait already.
@@ -119,6 +122,7 @@ struct Shared {
     faults: Mutex<Vec<String>>,
     current: Mutex<Option<UnixStream>>,
     stopping: AtomicBool,
+    knocked: AtomicBool,
 }
 
 impl FakeOpenVpn {
@@ -140,6 +144,10 @@ impl FakeOpenVpn {
                     *shared.current.lock().unwrap() = Some(stream.try_clone().unwrap());
                     if shared.stopping.load(Ordering::SeqCst) {
                         break;
+                    }
+                    if mood == Mood::Stalled && !shared.knocked.swap(true, Ordering::SeqCst) {
+                        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+                        poll(&mut ready, PollTimeout::NONE).unwrap();
                     }
                     serve(&shared, mood, stream);
                     *shared.current.lock().unwrap() = None;

@@ -62,8 +62,16 @@ impl Daemon {
 
     /// `prepare` may change the command, its environment above all.
     pub fn start_with(arguments: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
+        Self::start_as(Command::new(env!("CARGO_BIN_EXE_vpn-daemon")), arguments, prepare)
+    }
+
+    /// By way of `command`, which ends by becoming the daemon.
+    pub fn start_as(
+        mut command: Command,
+        arguments: &[&str],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
         let directory = TempDir::new("daemon");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"));
         command.args(["-listen", "127.0.0.1:0", "-wg-device", "vd-none", "-openvpn-dir"]);
         command.arg(directory.path().join("openvpn")).args(arguments);
         command.env_remove("CREDENTIALS_DIRECTORY").env_remove("RUST_LOG");

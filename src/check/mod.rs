@@ -1,0 +1,208 @@
+//! `vpn-daemon check`: looks at everything that the daemon needs and says how to mend what is
+//! wrong. It changes nothing, and every look has an end.
+
+mod address;
+mod node;
+mod openvpn;
+mod shown;
+mod tls;
+mod wireguard;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::cli::{self, Options};
+
+/// For everything: what has not come by then is a problem of its own.
+const PATIENCE: Duration = Duration::from_secs(9);
+
+/// What a thing that was looked at is like.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// The daemon works, but perhaps not as its operator wants.
+    Warning,
+    /// Some call fails, or the daemon does not start.
+    Problem,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Entry {
+    /// How it is.
+    pub level: Level,
+    /// What was looked at, in a word or two.
+    pub subject: String,
+    /// What was seen.
+    pub seen: String,
+    /// The command, file or line that mends it.
+    pub remedy: Option<String>,
+}
+
+/// Everything that was looked at.
+#[derive(Debug)]
+pub struct Report(Vec<Entry>);
+
+impl Entry {
+    fn ok(subject: impl Into<String>, seen: impl Into<String>) -> Self {
+        Self { level: Level::Ok, subject: subject.into(), seen: seen.into(), remedy: None }
+    }
+
+    fn warning(
+        subject: impl Into<String>,
+        seen: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { level: Level::Warning, remedy: Some(remedy.into()), ..Self::ok(subject, seen) }
+    }
+
+    fn problem(
+        subject: impl Into<String>,
+        seen: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { level: Level::Problem, remedy: Some(remedy.into()), ..Self::ok(subject, seen) }
+    }
+}
+
+/// Looks at what a daemon with these options and this environment needs, within ten seconds.
+pub fn run(options: &Options) -> Report {
+    type Look = fn(&Options) -> Vec<Entry>;
+    let looks: [(&str, Look); 5] = [
+        ("address", |options| {
+            address::look(&options.listen, cli::credentials_directory().as_deref())
+        }),
+        ("TLS", |options| tls::look(&options.listen, cli::credentials_directory().as_deref())),
+        ("WireGuard", |options| wireguard::look(&options.wg_device)),
+        ("OpenVPN", |options| openvpn::look(&options.openvpn_dir)),
+        ("node", |options| node::look(options.max_connections)),
+    ];
+    let end = Instant::now() + PATIENCE;
+    let looks = looks.map(|(subject, look)| {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let options = options.clone();
+        // Nobody is there to receive when the look came too late.
+        let thread = thread::Builder::new().spawn(move || drop(sender.send(look(&options))));
+        (subject, thread.map(|_| receiver))
+    });
+    let entries = looks.into_iter().flat_map(|(subject, receiver)| match receiver {
+        Ok(receiver) => {
+            let left = end.saturating_duration_since(Instant::now());
+            receiver.recv_timeout(left).unwrap_or_else(|_| {
+                let seen = format!("no answer within {} s", PATIENCE.as_secs());
+                let remedy = "look for what hangs: a name server, a file system, the kernel's log \
+                              (journalctl -k)";
+                vec![Entry::problem(subject, seen, remedy)]
+            })
+        }
+        Err(error) => {
+            let seen = format!("not looked at: no thread could be started: {error}");
+            vec![Entry::problem(subject, seen, "ulimit -u; systemd: TasksMax=")]
+        }
+    });
+    Report(entries.collect())
+}
+
+impl Report {
+    /// The status of the process: 0, 1 where there are warnings, 2 where there are problems.
+    pub fn exit_status(&self) -> u8 {
+        match self.0.iter().map(|entry| entry.level).max() {
+            None | Some(Level::Ok) => 0,
+            Some(Level::Warning) => 1,
+            Some(Level::Problem) => 2,
+        }
+    }
+
+    /// An array of objects with `level` (`ok`, `warning`, `problem`), `subject`, `seen` and
+    /// `remedy` (text or null), and a line feed.
+    pub fn json(&self) -> String {
+        // Only strings: nothing in them can fail to be written.
+        serde_json::to_string_pretty(&self.0).unwrap_or_default() + "\n"
+    }
+
+    fn count(&self, level: Level) -> usize {
+        self.0.iter().filter(|entry| entry.level == level).count()
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Problem => "problem",
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.0.iter().map(|entry| entry.subject.chars().count()).max().unwrap_or(0);
+        for Entry { level, subject, seen, remedy } in &self.0 {
+            writeln!(f, "{level:<8} {:<width$}  {}", printable(subject), printable(seen))?;
+            if let Some(remedy) = remedy {
+                writeln!(f, "{:8} {:width$}  mend: {}", "", "", printable(remedy))?;
+            }
+        }
+        let plural = |count: usize| if count == 1 { "" } else { "s" };
+        match (self.count(Level::Problem), self.count(Level::Warning)) {
+            (0, 0) => writeln!(f, "\nAll is well."),
+            (problems, warnings) => writeln!(
+                f,
+                "\n{problems} problem{}, {warnings} warning{}.",
+                plural(problems),
+                plural(warnings)
+            ),
+        }
+    }
+}
+
+/// The setting that becomes a flag of the daemon, and the file in which it is set.
+fn setting(variable: &str, value: &str) -> String {
+    let fedora = Path::new("/etc/sysconfig").exists();
+    let file = if fedora { "/etc/sysconfig/vpn-daemon" } else { "/etc/default/vpn-daemon" };
+    format!("{variable}={value} in {file}")
+}
+
+/// Names of files and words of other programs cannot steer the terminal.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_aligned_and_counts() {
+        let report = Report(vec![
+            Entry::ok("address", "127.0.0.1:41194 is free"),
+            Entry::problem("a.sock", "asks for a\x1b[2J password", "take it away"),
+        ]);
+        let expected = "\
+ok       address  127.0.0.1:41194 is free
+problem  a.sock   asks for a\u{fffd}[2J password
+                  mend: take it away
+
+1 problem, 0 warnings.
+";
+        assert_eq!((report.to_string().as_str(), report.exit_status()), (expected, 2));
+        let json: serde_json::Value = serde_json::from_str(&report.json()).unwrap();
+        assert_eq!(json[0]["level"], "ok");
+        assert_eq!(json[0]["remedy"], serde_json::Value::Null);
+        assert_eq!(json[1]["remedy"], "take it away");
+        let report = Report(vec![Entry::ok("a", "b"), Entry::warning("a", "b", "c")]);
+        assert!(report.to_string().ends_with("\n0 problems, 1 warning.\n"));
+        assert_eq!(report.exit_status(), 1);
+        let report = Report(vec![Entry::ok("a", "b")]);
+        assert!(report.to_string().ends_with("\nAll is well.\n"));
+        assert_eq!(report.exit_status(), 0);
+    }
+}

@@ -1,0 +1,457 @@
+//! `vpn-daemon check`: faults planted one at a time, each named with what mends it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+#[path = "common/management.rs"]
+mod management;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{Daemon, TempDir};
+use management::{FakeOpenVpn, Mood};
+
+const OK: i32 = 0;
+const WARNING: i32 = 1;
+const PROBLEM: i32 = 2;
+
+/// A userspace WireGuard device without peers; its socket is removed when dropped.
+struct Device {
+    name: String,
+    socket: PathBuf,
+}
+
+impl Device {
+    fn new() -> Self {
+        let device = Self::stale();
+        fs::remove_file(&device.socket).unwrap();
+        let listener = UnixListener::bind(&device.socket).unwrap();
+        fs::set_permissions(&device.socket, fs::Permissions::from_mode(0o777)).unwrap();
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().map_while(Result::ok) {
+                let mut request = [0; 64];
+                let _ = stream.read(&mut request);
+                let _ = stream.write_all(b"listen_port=51820\nerrno=0\n\n");
+            }
+        });
+        device
+    }
+
+    /// Only the file.
+    fn stale() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vd{}.{number}", std::process::id());
+        fs::create_dir_all("/var/run/wireguard").unwrap();
+        let socket = PathBuf::from(format!("/var/run/wireguard/{name}.sock"));
+        drop(UnixListener::bind(&socket).unwrap());
+        Self { name, socket }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// Everything in order: a device, one OpenVPN process, a free address on loopback.
+struct Installation {
+    device: Device,
+    directory: TempDir,
+    _openvpn: FakeOpenVpn,
+}
+
+/// What a check has said.
+struct Checked {
+    status: i32,
+    text: String,
+    entries: Vec<serde_json::Value>,
+}
+
+impl Installation {
+    fn new() -> Self {
+        let directory = TempDir::new("check");
+        let openvpn = directory.path().join("openvpn");
+        fs::create_dir(&openvpn).unwrap();
+        fs::set_permissions(&openvpn, fs::Permissions::from_mode(0o755)).unwrap();
+        let socket = openvpn.join("default.sock");
+        let process = FakeOpenVpn::start(socket.clone(), Mood::Healthy, vec![]);
+        // As OpenVPN leaves it.
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
+        Self { device: Device::new(), directory, _openvpn: process }
+    }
+
+    fn openvpn(&self) -> PathBuf {
+        self.directory.path().join("openvpn")
+    }
+
+    /// The checks of text and of JSON; the first words of `wrapper` run what follows.
+    fn check(&self, wrapper: &[&str], environment: &[(&str, &str)], flags: &[&str]) -> Checked {
+        let run = |format: &[&str]| {
+            let mut words = wrapper.to_vec();
+            let openvpn = self.openvpn();
+            words.extend([env!("CARGO_BIN_EXE_vpn-daemon"), "check"]);
+            words.extend(["-listen", "127.0.0.1:0", "-wg-device", &self.device.name]);
+            words.extend(["-openvpn-dir", openvpn.to_str().unwrap()]);
+            words.extend(flags.iter().chain(format));
+            let mut command = Command::new("timeout");
+            command.args(["-s", "KILL", "30"]).args(words);
+            command.env_remove("CREDENTIALS_DIRECTORY").envs(environment.iter().copied());
+            let output = command.output().unwrap();
+            assert!(output.stderr.is_empty(), "{output:?}");
+            (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+        };
+        let (status, text) = run(&[]);
+        let (json_status, json) = run(&["-json"]);
+        assert_eq!(status, json_status, "{text}\n{json}");
+        let entries = serde_json::from_str(&json).unwrap();
+        Checked { status, text, entries }
+    }
+
+    fn plain(&self, flags: &[&str]) -> Checked {
+        self.check(&[], &[], flags)
+    }
+
+    fn tls(&self, directory: &Path) -> Checked {
+        self.check(&[], &[("CREDENTIALS_DIRECTORY", directory.to_str().unwrap())], &[])
+    }
+}
+
+impl Checked {
+    /// The exit status, and an entry with these words in what was seen and in the remedy.
+    fn names(&self, status: i32, seen: &str, remedy: &str) {
+        let level = ["ok", "warning", "problem"][usize::try_from(status).unwrap()];
+        let text =
+            |entry: &serde_json::Value, field| entry[field].as_str().unwrap_or("").to_owned();
+        let found = self.entries.iter().any(|entry| {
+            let named = format!("{} {}", text(entry, "subject"), text(entry, "seen"));
+            entry["level"] == level
+                && named.contains(seen)
+                && text(entry, "remedy").contains(remedy)
+        });
+        assert!(
+            found && self.status == status,
+            "{seen:?} {remedy:?}: {} {}",
+            self.status,
+            self.text
+        );
+        // The same in the text, in columns.
+        let text = self.text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let line = format!("{level} ");
+        assert!(text.contains(&line) && text.contains(seen) && text.contains(remedy), "{text}");
+    }
+}
+
+/// Without root's rights.
+const NOBODY: [&str; 4] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+
+#[test]
+fn all_is_well() {
+    let checked = Installation::new().plain(&[]);
+    checked.names(OK, "has 0 peers", "");
+    checked.names(OK, "answers: OpenVPN Management Interface Version 5", "");
+    checked.names(OK, "plain HTTP, reachable only from this host", "");
+    assert!(checked.text.ends_with("\nAll is well.\n"), "{}", checked.text);
+    for entry in &checked.entries {
+        let fields: Vec<_> = entry.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(fields, ["level", "remedy", "seen", "subject"]);
+    }
+}
+
+#[test]
+fn addresses() {
+    let installation = Installation::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, pid) = (taken.local_addr().unwrap().to_string(), std::process::id());
+    let checked = installation.plain(&["-listen", &address]);
+    checked.names(PROBLEM, &format!("(process {pid})"), &format!("kill {pid}"));
+    // Who may not see the process learns whose it is.
+    let checked = installation.check(&NOBODY, &[], &["-listen", &address]);
+    checked.names(WARNING, &format!("{address} is in use"), "ss -ltnp");
+
+    let daemon = Daemon::start(&["-listen", ":0"]);
+    for address in [format!("127.0.0.1:{}", daemon.address.port()), daemon.address.to_string()] {
+        let version = env!("CARGO_PKG_VERSION");
+        installation
+            .plain(&["-listen", &address])
+            .entries
+            .iter()
+            .find(|entry| {
+                let seen = entry["seen"].as_str().unwrap();
+                seen == format!("{address} is served by vpn-daemon {version}")
+            })
+            .expect(&address);
+    }
+    assert_eq!(daemon.get("/i/node").status, 200);
+
+    let checked = installation.plain(&["-listen", "192.0.2.1:41194"]);
+    checked.names(PROBLEM, "192.0.2.1:41194 is no address of this host", ":41194");
+    let checked = installation.plain(&["-listen", "name.invalid:1"]);
+    checked.names(PROBLEM, "name.invalid:1 cannot be resolved", "LISTEN=");
+    let checked = installation.plain(&["-listen", ":0"]);
+    checked.names(WARNING, "plain HTTP on :0", "credentials.conf");
+}
+
+#[test]
+fn wireguard_devices() {
+    let installation = Installation::new();
+    let checked = installation.plain(&["-wg-device", "vd-none"]);
+    checked.names(PROBLEM, "vd-none does not exist", "ip link add vd-none type wireguard");
+    let checked = installation.plain(&["-wg-device", "lo"]);
+    checked.names(PROBLEM, "lo exists and is no WireGuard device", "WG_DEVICE=NAME");
+    let stale = Device::stale();
+    let checked = installation.plain(&["-wg-device", &stale.name]);
+    checked.names(PROBLEM, "no process listens on it", &format!("rm {}", stale.socket.display()));
+    let closed = Device::new();
+    fs::set_permissions(&closed.socket, fs::Permissions::from_mode(0o700)).unwrap();
+    let checked = installation.check(&NOBODY, &[], &["-wg-device", &closed.name]);
+    assert_eq!(checked.status, PROBLEM, "{}", checked.text);
+}
+
+#[test]
+fn the_openvpn_directory() {
+    let installation = Installation::new();
+    let directory = installation.openvpn();
+    let line = format!("z {} 0750 root", directory.display());
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o710)).unwrap();
+    installation.check(&NOBODY, &[], &[]).names(PROBLEM, "may not be listed", &line);
+    installation.plain(&[]).names(WARNING, "may be listed by root alone", &line);
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
+    installation.check(&NOBODY, &[], &[]).names(OK, "holds 1 management socket", "");
+
+    let nowhere = installation.directory.path().join("nowhere");
+    let checked = installation.plain(&["-openvpn-dir", nowhere.to_str().unwrap()]);
+    checked.names(WARNING, "nowhere does not exist", "-openvpn-dir");
+    let checked = installation.plain(&["-openvpn-dir", "/dev/null"]);
+    checked.names(PROBLEM, "/dev/null", "-openvpn-dir");
+}
+
+#[test]
+fn openvpn_sockets() {
+    let moods = [
+        (Mood::Silent, "does not answer within 1.5 s: another program holds it", "ss -xp"),
+        (Mood::Full, "does not answer within 1.5 s: too many others wait", "ss -xp"),
+        (Mood::Deaf, "does not answer within 1.5 s", "ss -xp"),
+        (Mood::Password, "asks for a password", "unix, without a password file"),
+        (Mood::CloseAtOnce, "closed the connection before its greeting", "management"),
+        (Mood::GarbageGreeting, "sent a reply that was not understood", "management"),
+        (Mood::FloodLine, "sent a line of more than", "management"),
+        (Mood::FloodNews, "sent", "management"),
+    ];
+    let installation = Installation::new();
+    let name = |mood| format!("{mood:?}.sock");
+    let start = |mood| FakeOpenVpn::start(installation.openvpn().join(name(mood)), mood, vec![]);
+    let _processes: Vec<_> = moods.iter().map(|(mood, ..)| start(*mood)).collect();
+    let checked = installation.plain(&[]);
+    for (mood, seen, remedy) in moods {
+        checked.names(PROBLEM, &format!("{} {seen}", name(mood)), remedy);
+    }
+    assert!(checked.text.contains("8 problems, 0 warnings."), "{}", checked.text);
+
+    let installation = Installation::new();
+    let stale = installation.openvpn().join("stale.sock");
+    drop(UnixListener::bind(&stale).unwrap());
+    let checked = installation.plain(&[]);
+    checked.names(WARNING, "stale.sock is stale", &format!("rm {}", stale.display()));
+}
+
+#[test]
+fn many_that_hang_are_looked_at_together() {
+    let installation = Installation::new();
+    let socket = |number| installation.openvpn().join(format!("hangs-{number}.sock"));
+    let _hanging: Vec<_> =
+        (0..64).map(|number| FakeOpenVpn::start(socket(number), Mood::Silent, vec![])).collect();
+    let started = Instant::now();
+    let checked = installation.plain(&[]);
+    // One after another, both runs together would take 192 s.
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    assert!(checked.text.contains("64 problems, 0 warnings."), "{}", checked.text);
+}
+
+/// A CA and a server's certificate.
+struct Credentials(TempDir);
+
+impl Credentials {
+    fn new() -> Self {
+        Self::by("test-CA")
+    }
+
+    fn by(ca: &str) -> Self {
+        let credentials = Self(TempDir::new("credentials"));
+        credentials.openssl(&format!(
+            "req -x509 -newkey ed25519 -noenc -keyout ca.key -out ca.crt -subj /CN={ca} -days 90 \
+             -addext basicConstraints=critical,CA:TRUE \
+             -addext nameConstraints=critical,permitted;DNS:.vpn.example.org",
+        ));
+        credentials.issue("serverAuth", "DNS:node.vpn.example.org", "60");
+        credentials
+    }
+
+    fn issue(&self, usage: &str, name: &str, days: &str) {
+        let extensions =
+            format!("basicConstraints=CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={name}\n");
+        fs::write(self.file("extensions"), extensions).unwrap();
+        self.openssl("req -newkey ed25519 -noenc -keyout server.key -out csr -subj /CN=node");
+        self.openssl(&format!(
+            "x509 -req -in csr -CA ca.crt -CAkey ca.key -days {days} -extfile extensions \
+             -out server.crt"
+        ));
+    }
+
+    fn openssl(&self, arguments: &str) {
+        let mut command = Command::new("openssl");
+        let output = command.args(arguments.split(' ')).current_dir(self.0.path()).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{arguments}: {output:?}");
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+#[test]
+fn credentials() {
+    type Plant = fn(&Credentials);
+    let faults: [(Plant, i32, &str, &str); 12] = [
+        (|_| {}, OK, "belong together", ""),
+        (
+            |c| fs::remove_file(c.file("ca.crt")).unwrap(),
+            PROBLEM,
+            "ca.crt does not exist",
+            "ca.crt:",
+        ),
+        (
+            |c| c.openssl("genpkey -algorithm ed25519 -out server.key"),
+            PROBLEM,
+            "server.key does not belong to the first certificate in server.crt",
+            "server.key",
+        ),
+        (
+            |c| fs::remove_file(c.file("server.key")).unwrap(),
+            PROBLEM,
+            "server.key does not exist",
+            "LoadCredential=server.key:/etc/ssl/vpn-daemon/private/server.key",
+        ),
+        (|c| fs::write(c.file("server.key"), "x").unwrap(), PROBLEM, "server.key holds no", "PEM"),
+        (|c| fs::write(c.file("server.crt"), "").unwrap(), PROBLEM, "server.crt holds no", "PEM"),
+        (
+            |c| c.issue("clientAuth", "DNS:node.vpn.example.org", "60"),
+            PROBLEM,
+            "server.crt is not for server authentication",
+            "serverAuth",
+        ),
+        (
+            |c| c.issue("serverAuth", "DNS:node.example.com", "60"),
+            PROBLEM,
+            "server.crt has a name outside of its CA's name constraint",
+            "nameConstraints",
+        ),
+        (
+            |c| c.issue("serverAuth", "DNS:node.vpn.example.org", "-1"),
+            PROBLEM,
+            "server.crt has expired",
+            "systemctl reload",
+        ),
+        (
+            |c| c.issue("serverAuth", "DNS:node.vpn.example.org", "7"),
+            WARNING,
+            "server.crt expires in 6 days",
+            "systemctl reload",
+        ),
+        (
+            |c| {
+                let open = fs::Permissions::from_mode(0o644);
+                fs::set_permissions(c.file("server.key"), open).unwrap();
+            },
+            WARNING,
+            "server.key may be read by everybody (mode 0644)",
+            "chmod o= ",
+        ),
+        (
+            |c| {
+                let other = Credentials::by("other-CA");
+                fs::copy(other.file("ca.crt"), c.file("ca.crt")).unwrap();
+            },
+            OK,
+            "server.crt is not issued by a CA in ca.crt",
+            "",
+        ),
+    ];
+    let installation = Installation::new();
+    for (plant, status, seen, remedy) in faults {
+        let credentials = Credentials::new();
+        plant(&credentials);
+        installation.tls(credentials.0.path()).names(status, seen, remedy);
+    }
+    installation.tls(Path::new("")).names(PROBLEM, "CREDENTIALS_DIRECTORY is empty", "unset it");
+    let nowhere = installation.tls(Path::new("/nonexistent"));
+    nowhere.names(PROBLEM, "/nonexistent", "it must hold ca.crt");
+
+    let credentials = Credentials::new();
+    let variable = [("CREDENTIALS_DIRECTORY", credentials.0.path().to_str().unwrap())];
+    let checked = installation.check(&NOBODY, &variable, &[]);
+    checked.names(PROBLEM, "server.key cannot be read", "let the daemon's user read it");
+}
+
+#[test]
+fn a_daemon_that_has_not_read_the_new_certificate() {
+    let (installation, credentials) = (Installation::new(), Credentials::new());
+    let variable = [("CREDENTIALS_DIRECTORY", credentials.0.path().to_str().unwrap())];
+    let daemon = Daemon::start_with(&[], |command| {
+        command.envs(variable);
+    });
+    let address = daemon.address.to_string();
+    let check = || installation.check(&[], &variable, &["-listen", &address]);
+    check().names(OK, "is served with this certificate", "");
+    credentials.issue("serverAuth", "DNS:node.vpn.example.org", "60");
+    check().names(WARNING, "another certificate than server.crt", "systemctl reload vpn-daemon");
+    daemon.signal("HUP");
+    daemon.wait_for_log("SIGHUP");
+    check().names(OK, "is served with this certificate", "");
+    // Without the variable, root still sees who it is.
+    let checked = installation.plain(&["-listen", &address]);
+    checked.names(OK, "is held by vpn-daemon", "");
+}
+
+#[test]
+fn the_node() {
+    let installation = Installation::new();
+    let shell = |script: &'static str| {
+        let script = format!("{script}; exec \"$@\"");
+        let words = ["unshare", "--mount", "sh", "-ec", &script, "sh"];
+        installation.check(&words, &[], &[])
+    };
+    // A /run of its own, without what the device's socket needs.
+    let checked = shell(
+        "mount --bind /run/wireguard /mnt; mount -t tmpfs none /run; mkdir /run/wireguard \
+         /run/vpn-daemon; mount --move /mnt /run/wireguard; touch /run/vpn-daemon/maintenance-mode",
+    );
+    checked.names(WARNING, "in maintenance", "rm /run/vpn-daemon/maintenance-mode");
+    let checked = shell("mount -t tmpfs none /proc");
+    checked.names(WARNING, "/proc/loadavg cannot be read", "ProcSubset=all");
+    assert!(checked.text.contains("/proc/uptime "), "{}", checked.text);
+    let checked = shell("ulimit -n 300");
+    checked.names(WARNING, "only 300 allowed", "LimitNOFILE=");
+}
+
+#[test]
+fn unknown_arguments_are_refused() {
+    for arguments in [&["check", "-frobnicate"][..], &["check", "now"], &["-json"]] {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_vpn-daemon")).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains(arguments.last().unwrap().trim_matches('"')), "{text}");
+        assert!(output.stdout.is_empty());
+    }
+}

@@ -1,0 +1,287 @@
+//! What systemd is told, in which order, and the socket that it hands over.
+
+#![allow(clippy::panic, clippy::unwrap_used, clippy::indexing_slicing, clippy::expect_used)]
+
+mod common;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram, UnixStream};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Answer, Daemon, PATIENCE, TempDir};
+
+/// In the place of systemd: the socket that is notified.
+struct Manager {
+    socket: UnixDatagram,
+    name: String,
+    _directory: TempDir,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let directory = TempDir::new("notify");
+        let path = directory.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        Self { socket, name: path.to_str().unwrap().to_owned(), _directory: directory }
+    }
+
+    fn start(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Daemon {
+        Daemon::start_with(arguments, |command| {
+            command.env("NOTIFY_SOCKET", &self.name).envs(variables.iter().copied());
+        })
+    }
+
+    /// What comes within a time.
+    fn next_within(&self, time: Duration) -> Option<String> {
+        self.socket.set_read_timeout(Some(time)).unwrap();
+        let mut buffer = [0; 4096];
+        match self.socket.recv(&mut buffer) {
+            Ok(length) => Some(String::from_utf8(buffer[..length].to_vec()).unwrap()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn next(&self) -> String {
+        self.next_within(PATIENCE).expect("a notification")
+    }
+}
+
+fn inner_socket(daemon: &Daemon) -> PathBuf {
+    let entries = std::fs::read_dir(daemon.directory()).unwrap();
+    let directory = entries
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("vpn-daemon."));
+    directory.unwrap().join("http.sock")
+}
+
+fn monotonic_microseconds() -> u128 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+    Duration::from(now).as_micros()
+}
+
+#[test]
+fn ready_when_it_answers_reloading_and_stopping() {
+    let manager = Manager::new();
+    let mut daemon = manager.start(&[], &[]);
+    let status = format!(
+        "Serving http://{} (no TLS), WireGuard device vd-none, 0 OpenVPN sockets",
+        daemon.address
+    );
+    assert_eq!(manager.next(), format!("READY=1\nSTATUS={status}"));
+    assert_eq!(daemon.get("/i/node").status, 200, "the first request is served");
+
+    // The status follows what is there.
+    let openvpn = daemon.directory().join("openvpn");
+    std::fs::create_dir(&openvpn).unwrap();
+    let _socket = UnixDatagram::bind(openvpn.join("default.sock")).unwrap();
+    let before = monotonic_microseconds();
+    daemon.signal("HUP");
+    let message = manager.next();
+    let time = message.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect(&message);
+    assert!((before..=monotonic_microseconds()).contains(&time.parse().unwrap()), "{message}");
+    let status = status.replace("0 OpenVPN sockets", "1 OpenVPN socket");
+    assert_eq!(manager.next(), format!("READY=1\nSTATUS={status}"));
+
+    daemon.signal("TERM");
+    assert!(manager.next().starts_with("STOPPING=1\nSTATUS="));
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert_eq!(manager.next_within(Duration::from_millis(1)), None);
+}
+
+#[test]
+fn abstract_names_and_names_that_are_none() {
+    let name = format!("vd-notify-{}", std::process::id());
+    let address = UnixSocketAddr::from_abstract_name(&name).unwrap();
+    let manager = Manager {
+        socket: UnixDatagram::bind_addr(&address).unwrap(),
+        name: format!("@{name}"),
+        _directory: TempDir::new("notify"),
+    };
+    let _daemon = manager.start(&[], &[]);
+    assert!(manager.next().starts_with("READY=1\n"));
+
+    // Nobody there, or no address at all: the daemon serves and says so in the log.
+    for name in ["/nonexistent/notify", "vsock:2:1"] {
+        let daemon = Daemon::start_with(&[], |command| {
+            command.env("NOTIFY_SOCKET", name);
+        });
+        assert_eq!(daemon.get("/i/node").status, 200);
+        daemon.signal("HUP");
+        daemon.wait_for_log("SIGHUP");
+        assert!(daemon.log().iter().any(|line| line.contains("WARN")), "{:?}", daemon.log());
+    }
+}
+
+#[test]
+fn the_watchdog_is_fed_three_times_as_often_as_it_looks() {
+    let manager = Manager::new();
+    let _daemon = manager.start(&[], &[("WATCHDOG_USEC", "900000")]);
+    assert!(manager.next().starts_with("READY=1\n"));
+    let started = Instant::now();
+    for _ in 0..5 {
+        assert_eq!(manager.next(), "WATCHDOG=1");
+    }
+    // The first at once: four intervals, never fewer than their time.
+    assert!(started.elapsed() > Duration::from_millis(4 * 300 - 250), "{:?}", started.elapsed());
+}
+
+#[test]
+fn the_watchdog_of_another_process_is_not_fed() {
+    let (manager, pid) = (Manager::new(), std::process::id().to_string());
+    let _daemon = manager.start(&[], &[("WATCHDOG_USEC", "300000"), ("WATCHDOG_PID", &pid)]);
+    assert!(manager.next().starts_with("READY=1\n"));
+    assert_eq!(manager.next_within(Duration::from_millis(600)), None);
+}
+
+/// Sends requests and takes no answer, so that the threads that answer are stuck in writing.
+fn clog(socket: &PathBuf) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+    let requests = b"GET /i/node HTTP/1.1\r\nHost: node\r\n\r\n".repeat(100);
+    for _ in 0..10 {
+        if stream.write_all(&requests).is_err() {
+            break;
+        }
+    }
+    stream
+}
+
+#[test]
+fn a_stuck_pool_is_not_reported_alive() {
+    let manager = Manager::new();
+    let daemon = manager.start(&[], &[("WATCHDOG_USEC", "900000")]);
+    assert!(manager.next().starts_with("READY=1\n"));
+    assert_eq!(manager.next(), "WATCHDOG=1");
+
+    let socket = inner_socket(&daemon);
+    let clogged: Vec<_> = (0..8).map(|_| clog(&socket)).collect();
+    daemon.wait_for_log("the watchdog is not fed");
+    // What was sent before is not a sign of life now.
+    while manager.next_within(Duration::from_millis(1)).is_some() {}
+    assert_eq!(manager.next_within(Duration::from_millis(1500)), None, "{:?}", daemon.log());
+
+    drop(clogged);
+    assert_eq!(manager.next(), "WATCHDOG=1", "it answers again");
+    assert_eq!(daemon.get("/i/node").status, 200);
+}
+
+/// The daemon with `socket` as descriptor 3, as systemd starts it.
+fn activated(socket: impl Into<OwnedFd>, variables: &str) -> Command {
+    let mut command = Command::new("sh");
+    // `exec` keeps the process id, which LISTEN_PID names.
+    let script = format!(
+        "exec 3<&0 </dev/null; {variables} exec {} \"$@\"",
+        env!("CARGO_BIN_EXE_vpn-daemon")
+    );
+    command.args(["-c", &script, "sh"]).stdin(Stdio::from(socket.into()));
+    command.env_remove("CREDENTIALS_DIRECTORY").env_remove("RUST_LOG");
+    command
+}
+
+const ONE_SOCKET: &str = "LISTEN_FDS=1 LISTEN_PID=$$";
+
+#[test]
+fn a_passed_socket_is_used_in_place_of_listen() {
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let manager = Manager::new();
+    // An address that could not be bound shows that it is not.
+    let daemon = Daemon::start_as(
+        activated(socket.try_clone().unwrap(), ONE_SOCKET),
+        &["-listen", "192.0.2.1:1"],
+        |command| {
+            command.env("NOTIFY_SOCKET", &manager.name);
+        },
+    );
+    assert_eq!(daemon.address, address);
+    daemon.wait_for_log("systemd has passed: -listen is not used");
+    assert!(manager.next().contains(&format!("Serving http://{address} ")));
+    assert_eq!(daemon.get("/i/node").status, 200);
+}
+
+#[test]
+fn sockets_for_another_process_are_left_alone() {
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let daemon = Daemon::start_as(
+        activated(socket.try_clone().unwrap(), "LISTEN_FDS=1 LISTEN_PID=1"),
+        &[],
+        |_| {},
+    );
+    assert_ne!(daemon.address, socket.local_addr().unwrap());
+    assert_eq!(daemon.get("/i/node").status, 200);
+}
+
+#[test]
+fn a_passed_socket_that_cannot_be_used_is_named() {
+    let directory = TempDir::new("passed");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let unix = std::os::unix::net::UnixListener::bind(directory.path().join("s")).unwrap();
+    let datagram = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let two = "LISTEN_FDS=2 LISTEN_PID=$$";
+    let nonsense = "LISTEN_FDS=some LISTEN_PID=$$";
+    for (socket, variables, part) in [
+        (OwnedFd::from(listener.try_clone().unwrap()), two, "2 sockets"),
+        (listener.into(), nonsense, "LISTEN_FDS=some is no number"),
+        (stream.into(), ONE_SOCKET, "does not listen: the socket unit needs Accept=no"),
+        (unix.into(), ONE_SOCKET, "other than a TCP socket"),
+        (datagram.into(), ONE_SOCKET, "other than a TCP socket"),
+        (file.into(), ONE_SOCKET, "fd 3 is not a socket"),
+    ] {
+        let Output { status, stderr, .. } = activated(socket, variables).output().unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert!(stderr.starts_with("vpn-daemon: ") && stderr.contains(part), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+}
+
+fn ask(address: SocketAddr) -> std::io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"GET /i/node HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+    let status = Answer::read(&mut stream, false)?.status;
+    assert_eq!(stream.read(&mut [0])?, 0);
+    Ok(status)
+}
+
+#[test]
+fn no_connection_is_lost_between_two_processes() {
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let start =
+        || Daemon::start_as(activated(socket.try_clone().unwrap(), ONE_SOCKET), &[], |_| {});
+    let mut daemon = start();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut answered = 0;
+                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        assert_eq!(ask(address).expect("an answer"), 200);
+                        answered += 1;
+                    }
+                    answered
+                })
+            })
+            .collect();
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_millis(100));
+            daemon.signal("TERM");
+            assert_eq!(daemon.wait().code(), Some(0));
+            daemon = start();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        for thread in asking {
+            assert!(thread.join().unwrap() > 4);
+        }
+    });
+}
