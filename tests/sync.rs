@@ -1,13 +1,17 @@
 //! `POST /w/sync_peers` over real HTTP: what is refused, and what a long body may cost. How devices
 //! take it is told by the cases of `tests/wireguard`.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 mod common;
 
-use std::io::Write;
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use common::{Answer, Daemon};
+use common::{Answer, Daemon, PATIENCE};
 
 const JSON: &str = "Content-Type: application/json";
 const KEY: &str = "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=";
@@ -122,4 +126,78 @@ fn a_body_that_stays_away_keeps_nobody_waiting() {
     assert_eq!(answer.status, 502, "{answer:?}");
     assert!(answer.error().contains("does not exist"));
     drop(begun);
+}
+
+/// A userspace device that has peers and nothing else: it answers every request with them.
+struct FakeDevice {
+    name: String,
+    socket: PathBuf,
+}
+
+impl FakeDevice {
+    fn start(peers: u32) -> Self {
+        let mut answer = String::new();
+        for number in 0..peers {
+            let [a, b, c, d] = number.to_be_bytes();
+            let key = number.to_le_bytes().map(|byte| format!("{byte:02x}")).concat();
+            writeln!(answer, "public_key={key}{:0>56}\nallowed_ip=10.{b}.{c}.{d}/32", a).unwrap();
+            writeln!(answer, "allowed_ip=fd00::{:x}:{:x}/128", number >> 16, number & 0xffff)
+                .unwrap();
+        }
+        answer += "errno=0\n\n";
+        let name = format!("vd{}", std::process::id());
+        std::fs::create_dir_all("/var/run/wireguard").unwrap();
+        let socket = PathBuf::from(format!("/var/run/wireguard/{name}.sock"));
+        let listener = UnixListener::bind(&socket).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                stream.read_exact(&mut [0; b"get=1\n\n".len()]).unwrap();
+                // A caller that cannot wait goes away.
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        });
+        Self { name, socket }
+    }
+}
+
+impl Drop for FakeDevice {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+#[test]
+fn a_hundred_thousand_peers_are_listed_in_bounded_memory() {
+    const PEERS: usize = 100_000;
+    let device = FakeDevice::start(u32::try_from(PEERS).unwrap());
+    // As the service is started: glibc would else keep, for each thread, up to twice as much as the
+    // largest block that was ever freed (mallopt(3)).
+    let daemon = Daemon::start_with(&["-wg-device", &device.name], |command| {
+        command.env("MALLOC_ARENA_MAX", "2").env("MALLOC_TRIM_THRESHOLD_", "131072");
+    });
+    let list = || {
+        // A build for tests on a busy machine may miss the deadline.
+        let answers = (0..30).map(|_| daemon.get("/w/peer_list?show_all=yes"));
+        answers.into_iter().find(|answer| answer.status == 200).expect("an answer in time")
+    };
+    for _ in 0..4 {
+        let answer = list();
+        assert_eq!(answer.body.matches("\"public_key\":").count(), PEERS);
+    }
+    let body = list().body;
+    let nothing = format!(r#"{{"added":[],"updated":[],"removed":[],"unchanged":{PEERS}}}"#);
+    let synced = (0..30).map(|_| post(&daemon, "", &body)).find(|answer| answer.status == 200);
+    assert_eq!(synced.unwrap().body, nothing);
+    let peak = daemon.status("VmHWM");
+    assert!(peak < 150 * 1024, "at the peak {peak} KiB");
+    // The answer is freed after it is sent.
+    let mut idle = daemon.status("VmRSS");
+    let end = Instant::now() + PATIENCE;
+    while idle >= 20 * 1024 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(50));
+        idle = daemon.status("VmRSS");
+    }
+    println!("{PEERS} peers: {peak} KiB at the peak, {idle} KiB afterwards");
+    assert!(idle < 20 * 1024, "afterwards {idle} KiB");
 }

@@ -53,6 +53,9 @@ impl Backend for Userspace<'_> {
         before: Option<&Snapshot>,
         applied: &AtomicUsize,
     ) -> Result<(), Error> {
+        if changes.is_empty() {
+            return Ok(());
+        }
         let fresh = before.is_none().then(|| self.snapshot()).transpose()?;
         let Some(before) = before.or(fresh.as_ref()) else { return Ok(()) };
         let is_boringtun = before.own_key.is_some();
