@@ -61,3 +61,9 @@ test-system:
 .PHONY: demo
 demo:
 	@CARGO="$(CARGO)" KEEP="$(KEEP)" tests/demo
+
+# What the daemon costs beside a floor measured in the same run; ONLY=front, openvpn or wireguard.
+.PHONY: bench
+bench:
+	CARGO="$(CARGO)" tests/install-deps wrk:wrk
+	ONLY="$(ONLY)" $(CARGO) bench --locked --bench scale

@@ -5,6 +5,7 @@ mod stream;
 mod sync_body;
 
 use std::fmt::Display;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Serialize, Serializer};
 
@@ -90,8 +91,10 @@ pub struct ConnectionList<'a> {
 #[derive(Serialize)]
 struct Connection<'a> {
     common_name: &'a str,
-    ip_four: String,
-    ip_six: String,
+    #[serde(serialize_with = "as_text_or_empty")]
+    ip_four: Option<Ipv4Addr>,
+    #[serde(serialize_with = "as_text_or_empty")]
+    ip_six: Option<Ipv6Addr>,
 }
 
 /// An OpenVPN process that could not be asked.
@@ -103,13 +106,12 @@ struct Failed<'a> {
 
 impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
     fn from(listing: &'a openvpn::Listing) -> Self {
-        let text = |address: Option<String>| address.unwrap_or_default();
         Self {
             connection_list: (listing.clients.iter())
                 .map(|client| Connection {
                     common_name: &client.common_name,
-                    ip_four: text(client.ipv4.map(|address| address.to_string())),
-                    ip_six: text(client.ipv6.map(|address| address.to_string())),
+                    ip_four: client.ipv4,
+                    ip_six: client.ipv6,
                 })
                 .collect(),
             failed: (listing.failed.iter())
@@ -170,6 +172,16 @@ impl From<wireguard::SyncError> for Error {
 
 fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
+}
+
+fn as_text_or_empty<S: Serializer>(
+    value: &Option<impl Display>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.collect_str(value),
+        None => serializer.serialize_str(""),
+    }
 }
 
 fn as_texts<S: Serializer>(values: &[impl Display], serializer: S) -> Result<S::Ok, S::Error> {

@@ -6,7 +6,7 @@
 //! are news and may stand anywhere. There is no need to say good-bye.
 
 use std::fmt;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -148,9 +148,15 @@ impl<D: Dialogue> Conversation<D> {
     /// Takes in what was received. Whether all is said.
     fn feed(&mut self, mut bytes: &[u8]) -> Result<bool, SocketError> {
         self.received += bytes.len();
-        while let Some(end) = bytes.iter().position(|&byte| byte == b'\n') {
-            let (head, rest) = bytes.split_at(end);
-            bytes = rest.get(1..).unwrap_or_default();
+        loop {
+            let mut rest = bytes;
+            // Searches as memchr(3) does; reading a slice cannot fail.
+            let length = rest.skip_until(b'\n').unwrap_or(0);
+            let line = bytes.get(..length).and_then(|line| line.strip_suffix(b"\n"));
+            let Some(head) = line else {
+                break;
+            };
+            bytes = rest;
             let step = if self.partial.is_empty() {
                 self.line(head)?
             } else {

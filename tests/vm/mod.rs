@@ -182,6 +182,14 @@ impl Drop for Image {
     }
 }
 
+fn boot_arguments<'a>(kernel: &'a Kernel, initramfs: &'a Image) -> [[&'a str; 2]; 3] {
+    [
+        ["-kernel", kernel.image.to_str().unwrap()],
+        ["-initrd", initramfs.0.to_str().unwrap()],
+        ["-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check"],
+    ]
+}
+
 /// Where the host keeps a program, as the machine's `PATH` will find it.
 pub fn which(program: &str) -> PathBuf {
     ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
@@ -205,8 +213,13 @@ impl Machine {
     ///
     /// Always emulates: where `/dev/kvm` is a nested one, it may hang.
     pub fn start(memory_mib: u32, limit: Duration, arguments: &[&str]) -> Self {
+        Self::start_on(&["-accel", "tcg,thread=multi", "-smp", "2"], memory_mib, limit, arguments)
+    }
+
+    fn start_on(cpus: &[&str], memory_mib: u32, limit: Duration, arguments: &[&str]) -> Self {
         let mut qemu = Command::new(which("qemu-system-x86_64"))
-            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand,+ssse3", "-smp", "2"])
+            .args(cpus)
+            .args(["-cpu", "qemu64,+rdrand,+ssse3"])
             .args(["-m", &memory_mib.to_string(), "-nodefaults", "-no-reboot"])
             .args(["-display", "none", "-serial", "stdio"])
             .args(arguments)
@@ -229,12 +242,20 @@ impl Machine {
 
     /// Boots this kernel and initramfs.
     pub fn boot(kernel: &Kernel, initramfs: &Image, memory_mib: u32, limit: Duration) -> Self {
-        let arguments = [
-            ["-kernel", kernel.image.to_str().unwrap()],
-            ["-initrd", initramfs.0.to_str().unwrap()],
-            ["-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check"],
-        ];
-        Self::start(memory_mib, limit, arguments.as_flattened())
+        Self::start(memory_mib, limit, boot_arguments(kernel, initramfs).as_flattened())
+    }
+
+    /// Boots with one CPU whose clock counts instructions, one to the nanosecond, and stands still
+    /// while the host does something else: what is timed in the machine is the work alone.
+    pub fn boot_counting(
+        kernel: &Kernel,
+        initramfs: &Image,
+        memory_mib: u32,
+        limit: Duration,
+    ) -> Self {
+        let cpus = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"];
+        let arguments = boot_arguments(kernel, initramfs);
+        Self::start_on(&cpus, memory_mib, limit, arguments.as_flattened())
     }
 
     /// The console's next line; `None` once the machine is off.
