@@ -181,7 +181,8 @@ fn over_http(kind: Kind) {
     assert!(seen(&device).is_empty());
     let answer = post("", &list);
     assert_eq!((answer.status, answer.json()), (200, synced));
-    daemon.wait_for_log(&format!("peer {} on {}: added, asked by 127.0.0.1", keys[1], device.name));
+    let last = keys.last().unwrap();
+    daemon.wait_for_log(&format!("{last} on {}: added, asked by 127.0.0.1", device.name));
 
     // The list as the daemon itself gives it changes nothing.
     let listed = daemon.get("/w/peer_list?show_all=yes").json();
