@@ -138,7 +138,7 @@ fn remove(device: &Device) {
     say(REMOVE, device.peers.len(), &turns);
 }
 
-/// The daemon's resident size: the peak while it lists 100,000 peers, and afterwards.
+/// The daemon's resident size: the peak while it lists 50,000 peers, and afterwards.
 fn memory() {
     let device = Device::new(50_000);
     let daemon = device.daemon();
