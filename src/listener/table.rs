@@ -147,6 +147,10 @@ impl Table {
             quiet_ticks = if state.slots.is_empty() { quiet_ticks + 1 } else { 0 };
             while quiet_ticks > 2 && state.slots.is_empty() {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                if !state.slots.is_empty() {
+                    // A rush may be over before the next look: it is cleaned up after, too.
+                    quiet_ticks = 0;
+                }
             }
             let now = Instant::now();
             let grace_is_over = state.stop_at.is_some_and(|at| now >= at + STOP_GRACE);
