@@ -83,14 +83,16 @@ impl Inner {
         self.idle().streams.push(stream);
     }
 
-    /// Closes all but a few of the connections that nobody has needed since the last call.
-    pub(super) fn trim(&self) {
+    /// Closes all but a few of the connections that nobody has needed since the last call. Whether
+    /// only these few are left.
+    pub(super) fn trim(&self) -> bool {
         let mut idle = self.idle();
         let kept = idle.streams.len() - idle.unused.saturating_sub(KEPT).min(idle.streams.len());
         let surplus = idle.streams.split_off(kept);
         idle.unused = kept;
         drop(idle);
         drop(surplus);
+        kept <= KEPT
     }
 
     /// Removes the directory: nobody connects any more.

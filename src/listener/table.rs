@@ -138,19 +138,14 @@ impl Table {
         }
     }
 
-    /// Closes connections whose time is over. Runs for the life of the process; `tick` is called
-    /// now and then while there are connections, and twice more when there are none.
-    pub(super) fn watch_deadlines(&self, tick: impl Fn()) -> ! {
-        let mut quiet_ticks = 0;
+    /// Closes connections whose time is over. Runs for the life of the process. `tidy` is called
+    /// now and then, and must return `true` before the thread rests for want of connections.
+    pub(super) fn watch_deadlines(&self, tidy: impl Fn() -> bool) -> ! {
         loop {
             let mut state = self.lock();
-            quiet_ticks = if state.slots.is_empty() { quiet_ticks + 1 } else { 0 };
-            while quiet_ticks > 2 && state.slots.is_empty() {
+            // Under the lock: what a connection leaves behind is there before it goes.
+            if tidy() && state.slots.is_empty() {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                if !state.slots.is_empty() {
-                    // A rush may be over before the next look: it is cleaned up after, too.
-                    quiet_ticks = 0;
-                }
             }
             let now = Instant::now();
             let grace_is_over = state.stop_at.is_some_and(|at| now >= at + STOP_GRACE);
@@ -160,7 +155,6 @@ impl Table {
                 }
             }
             drop(state);
-            tick();
             std::thread::sleep(TICK);
         }
     }

@@ -152,6 +152,12 @@ impl Daemon {
         line.unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
+    pub fn thread_names(&self) -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let name = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        tasks.map(|task| name(task.unwrap().path().join("comm")).trim().to_owned()).collect()
+    }
+
     pub fn open_files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }

@@ -81,7 +81,12 @@ fn settles(daemon: &Daemon, threads: u64, files: usize) {
         if now.0 <= threads + 8 && now.1 <= files + 16 {
             return;
         }
-        assert!(Instant::now() < end, "{now:?} threads and files, {:?} before", (threads, files));
+        assert!(
+            Instant::now() < end,
+            "{now:?} threads and files, {:?} before: {:?}",
+            (threads, files),
+            daemon.thread_names()
+        );
         thread::sleep(Duration::from_millis(50));
     }
 }
