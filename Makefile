@@ -34,6 +34,7 @@ install:
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/tmpfiles.d tmpfiles.d/vpn-daemon.conf \
 		$(if $(filter deb,$(DISTRO)),tmpfiles.d/vpn-daemon-openvpn.conf)
 	$(if $(filter rpm,$(DISTRO)),install -Dm644 systemd/rpm/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/vpn-daemon.conf)
+	install -Dm644 systemd/credentials.conf.example $(DESTDIR)$(PREFIX)/share/doc/vpn-daemon-rs/$(if $(filter deb,$(DISTRO)),examples/)credentials.conf
 	install -Dm644 man/vpn-daemon.8 $(DESTDIR)$(PREFIX)/share/man/man8/vpn-daemon.8
 	test -e $(DESTDIR)$(DEFAULTS)/vpn-daemon || install -Dm644 systemd/vpn-daemon.default $(DESTDIR)$(DEFAULTS)/vpn-daemon
 

@@ -199,7 +199,10 @@ fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Ans
             stream(api::Stream::synced(synced))
         }
         Err(error) => {
-            log_synced(node, request, &error.done);
+            let done = &error.done;
+            if !(done.added.is_empty() && done.updated.is_empty() && done.removed.is_empty()) {
+                log_synced(node, request, done);
+            }
             Err(error.into())
         }
     }
