@@ -149,7 +149,15 @@ pub fn error_body(sentence: &str) -> String {
 
 impl From<wireguard::Error> for Error {
     fn from(error: wireguard::Error) -> Self {
-        Self::new(if error.is_timeout() { 504 } else { 502 }, error.to_string())
+        Self::new(status(&error), error.to_string())
+    }
+}
+
+fn status(error: &wireguard::Error) -> u16 {
+    match error {
+        wireguard::Error::OwnKey(..) => 400,
+        error if error.is_timeout() => 504,
+        _ => 502,
     }
 }
 
@@ -161,12 +169,7 @@ impl From<openvpn::Error> for Error {
 
 impl From<wireguard::SyncError> for Error {
     fn from(error: wireguard::SyncError) -> Self {
-        let status = match &error.cause {
-            wireguard::Error::OwnKey(..) => 400,
-            cause if cause.is_timeout() => 504,
-            _ => 502,
-        };
-        Self::new(status, error.to_string())
+        Self::new(status(&error.cause), error.to_string())
     }
 }
 

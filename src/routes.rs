@@ -8,7 +8,7 @@ use log::{info, warn};
 
 use crate::api::{self, Error};
 use crate::node;
-use crate::openvpn::{CommonName, OpenVpn};
+use crate::openvpn::{self, CommonName, OpenVpn};
 use crate::uploads::{Upload, Uploads};
 use crate::wireguard::{self, AllowedIp, PublicKey, Synced, Wanted, WireGuard};
 
@@ -116,21 +116,25 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
     let with_counts = request.query().yes_or_no("include_client_peer_count")?;
     let mut info = api::Node::new(node.cpu_count, node::load_average());
     if with_counts {
+        // Both at once: what one of them takes is not the other's.
         let (clients, peers) = thread::scope(|scope| {
-            let clients = scope.spawn(|| node.openvpn.clients(deadline));
-            (clients.join(), node.wireguard.peers(deadline))
+            let ask = || node.openvpn.clients(deadline);
+            let clients = thread::Builder::new().spawn_scoped(scope, ask);
+            let peers = node.wireguard.peers(deadline);
+            (clients.map(|thread| thread.join()), peers)
         });
         match clients {
-            Ok(Ok(listing)) if listing.failed.is_empty() => {
+            Ok(Ok(Ok(listing))) if listing.failed.is_empty() => {
                 info.o_client_count = Some(listing.clients.len());
             }
-            Ok(Ok(listing)) => {
+            Ok(Ok(Ok(listing))) => {
                 for failure in &listing.failed {
                     warn!("no count of OpenVPN clients: {}: {}", failure.socket, failure.error);
                 }
             }
-            Ok(Err(error)) => warn!("no count of OpenVPN clients: {error}"),
-            Err(_) => warn!("no count of OpenVPN clients: internal error"),
+            Ok(Ok(Err(error))) => warn!("no count of OpenVPN clients: {error}"),
+            Ok(Err(_)) => warn!("no count of OpenVPN clients: internal error"),
+            Err(error) => warn!("no count of OpenVPN clients: no thread to ask with: {error}"),
         }
         match peers {
             Ok(peers) => {
@@ -255,10 +259,16 @@ fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
 fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let name: CommonName = form.once("common_name")?;
-    let count = node.openvpn.disconnect(&name, Instant::now() + BACKEND_BUDGET)?;
+    let result = node.openvpn.disconnect(&name, Instant::now() + BACKEND_BUDGET);
+    let count = match &result {
+        Ok(count) => *count,
+        Err(openvpn::Error::Sockets { disconnected, .. }) => *disconnected,
+        Err(_) => 0,
+    };
     if count > 0 {
         info!("client {:?}: {count} disconnected, asked by {}", name.as_str(), request.caller);
     }
+    result?;
     Ok(Answer::NoContent)
 }
 

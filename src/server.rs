@@ -113,6 +113,8 @@ fn respond(mut http: Request, request: &routes::Request, node: &Node) {
         .unwrap_or_else(|_| {
             Answer::Failure(Error::new(500, "internal error; see the log of the daemon"))
         });
+    // tiny_http reads what is left of a body into a buffer of that size.
+    let _ = io::copy(&mut body, &mut io::sink());
     send(http, answer);
 }
 

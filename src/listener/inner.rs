@@ -1,6 +1,6 @@
 //! The way from the front door to tiny_http: a private Unix socket and the connections to it.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -11,6 +11,9 @@ use nix::unistd::mkdtemp;
 /// No handler takes this long: a wait beyond it is a defect, not a slow backend.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// For the first answer on a new connection; it needs no backend.
+const PROOF_TIME: Duration = Duration::from_secs(1);
+
 /// Connections kept for the next request once the rush is over.
 const KEPT: usize = 4;
 
@@ -18,6 +21,8 @@ const KEPT: usize = 4;
 pub struct Inner {
     directory: PathBuf,
     idle: Mutex<Idle>,
+    /// Held while a new connection is proven.
+    connecting: Mutex<()>,
     gone: Box<dyn Fn(&io::Error) + Send + Sync>,
 }
 
@@ -38,7 +43,12 @@ impl Inner {
         gone: impl Fn(&io::Error) + Send + Sync + 'static,
     ) -> io::Result<(Self, UnixListener)> {
         let directory = mkdtemp(&parent.join("vpn-daemon.XXXXXX"))?;
-        let inner = Self { directory, idle: Mutex::default(), gone: Box::new(gone) };
+        let inner = Self {
+            directory,
+            idle: Mutex::default(),
+            connecting: Mutex::default(),
+            gone: Box::new(gone),
+        };
         let listener = UnixListener::bind(inner.socket())?;
         Ok((inner, listener))
     }
@@ -59,9 +69,33 @@ impl Inner {
         if let Some(stream) = idle {
             return Ok(stream);
         }
-        let stream = self.connect()?;
+        // tiny_http counts a thread as free until it has woken up: of connections that come at
+        // once some would wait until another one is closed. So one comes at a time, and is used
+        // when it has been answered once.
+        let _one = self.connecting.lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = self.prove().or_else(|_| self.prove())?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    }
+
+    /// A new connection that has a thread at the other end.
+    fn prove(&self) -> io::Result<UnixStream> {
+        let mut stream = self.connect()?;
+        stream.set_read_timeout(Some(PROOF_TIME))?;
+        stream.set_write_timeout(Some(PROOF_TIME))?;
+        stream.write_all(b"HEAD / HTTP/1.1\r\nHost: inner\r\n\r\n")?;
+        let mut answer = Vec::new();
+        let mut piece = [0; 512];
+        while !answer.ends_with(b"\r\n\r\n") {
+            match stream.read(&mut piece)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => answer.extend_from_slice(piece.get(..count).unwrap_or_default()),
+            }
+            if answer.len() > 4 * piece.len() {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+        }
         Ok(stream)
     }
 
@@ -128,7 +162,16 @@ mod tests {
 
     #[test]
     fn what_nobody_needed_is_closed() {
-        let (inner, _listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
+        let (inner, listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
+        let serve = move || {
+            let mut kept = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept() {
+                let _ = stream.read(&mut [0; 64]);
+                let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\n\r\n");
+                kept.push(stream);
+            }
+        };
+        std::thread::spawn(serve);
         let streams: Vec<_> = (0..20).map(|_| inner.take().unwrap()).collect();
         streams.into_iter().for_each(|stream| inner.give_back(stream));
         inner.trim();

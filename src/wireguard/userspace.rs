@@ -216,6 +216,10 @@ impl<'a> Userspace<'a> {
                 Ok(errno) => Error::Refused(path, errno.saturating_abs()),
                 Err(_) => Error::Reply(path, "its error number is no number".to_owned()),
             },
+            // The crate's sentence holds the key.
+            ParseGetResponseError::InvalidPresharedKey(_) => {
+                Error::Reply(path, "a preshared key is malformed".to_owned())
+            }
             error => Error::Reply(path, error.to_string()),
         }
     }
