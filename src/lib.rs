@@ -54,6 +54,7 @@ enum Error {
     Tls(tls::Error),
     Passed(systemd::SocketError),
     Start { what: &'static str, error: io::Error },
+    Inner { directory: PathBuf, error: io::Error },
     HttpServer,
 }
 
@@ -65,6 +66,12 @@ impl fmt::Display for Error {
             Self::Tls(error) => error.fmt(f),
             Self::Passed(error) => error.fmt(f),
             Self::Start { what, error } => write!(f, "cannot {what}: {error}"),
+            Self::Inner { directory, error } => write!(
+                f,
+                "cannot make the inner socket in {}: {error}; RUNTIME_DIRECTORY or TMPDIR names \
+                 another directory",
+                directory.display()
+            ),
             Self::HttpServer => write!(f, "the HTTP server has given up"),
         }
     }
@@ -133,8 +140,9 @@ fn serve(options: Options) -> Result<(), Error> {
             let _ = kill(Pid::this(), Signal::SIGTERM);
         }
     };
-    let (inner, inner_listener) = Inner::open(&runtime_directory(), failed.clone())
-        .map_err(Error::start("make the inner socket"))?;
+    let directory = runtime_directory();
+    let (inner, inner_listener) = Inner::open(&directory, failed.clone())
+        .map_err(|error| Error::Inner { directory, error })?;
     let status = Arc::new(systemd::Status {
         url: format!("{}://{address}", if tls.is_some() { "https" } else { "http" }),
         device: options.wg_device.to_string(),

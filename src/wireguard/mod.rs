@@ -88,7 +88,11 @@ impl WireGuard {
 
     /// All peers. Answers or fails by `deadline`.
     pub fn peers(&self, deadline: Instant) -> Result<Vec<Peer>, Error> {
-        self.run(deadline, |backend| Ok(backend.snapshot()?.peers))
+        self.run(
+            deadline,
+            |backend| Ok(backend.snapshot()?.peers),
+            |_| "a list of peers".to_owned(),
+        )
     }
 
     /// Adds the peer, or replaces the allowed IPs of the one that exists and leaves its session,
@@ -101,20 +105,27 @@ impl WireGuard {
         deadline: Instant,
     ) -> Result<(), Error> {
         let (key, allowed_ips) = (*key, allowed_ips.to_vec());
-        self.run(deadline, move |backend| {
+        let operation = move |backend: &dyn Backend| {
             backend.apply(&[Change::Set(&key, &allowed_ips)], None, &AtomicUsize::new(0))
-        })
+        };
+        self.run(deadline, operation, move |()| format!("peer {key} was set"))
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
     pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
         let key = *key;
-        self.run(deadline, move |backend| {
+        let operation = move |backend: &dyn Backend| {
             let before = backend.snapshot()?;
             if before.peers.iter().any(|peer| peer.public_key == key) {
                 backend.apply(&[Change::Remove(&key)], Some(&before), &AtomicUsize::new(0))?;
             }
             Ok(before.peers.into_iter().find(|peer| peer.public_key == key))
+        };
+        self.run(deadline, operation, move |removed| match removed {
+            Some(Peer { rx_bytes: rx, tx_bytes: tx, .. }) => {
+                format!("peer {key} was removed after {rx} bytes in, {tx} bytes out")
+            }
+            None => format!("peer {key} was not there"),
         })
     }
 
@@ -135,7 +146,7 @@ impl WireGuard {
             let changes = progress.0.load(Ordering::Relaxed);
             SyncError { cause, changes, applied: progress.1.load(Ordering::Relaxed), done }
         };
-        let result = self.run(deadline, move |backend| {
+        let operation = move |backend: &dyn Backend| {
             let before = backend.snapshot()?;
             if let Some(own_key) = before.own_key.filter(|key| wanted.contains(key)) {
                 return Err(Error::OwnKey(backend.device().clone(), own_key));
@@ -151,6 +162,11 @@ impl WireGuard {
                 difference.truncate(shared.1.load(Ordering::Relaxed));
             }
             Ok((failure, difference.into_synced(before.peers, &wanted)))
+        };
+        let result = self.run(deadline, operation, move |(_, synced): (_, Synced)| {
+            let (added, updated) = (synced.added.len(), synced.updated.len());
+            let (removed, done) = (synced.removed.len(), if dry_run { "would be " } else { "" });
+            format!("{done}{added} peers added, {updated} updated, {removed} removed")
         });
         match result {
             Ok((None, synced)) => Ok(synced),
@@ -161,11 +177,12 @@ impl WireGuard {
 
     /// Runs an operation on a thread of its own, which keeps the turn until it ends: the kernel may
     /// hang in a way that no time-out reaches. That costs one thread; those who come later time out
-    /// waiting for the turn.
+    /// waiting for the turn. What ends after its caller has given up is logged as `late` says it.
     fn run<T: Send + 'static>(
         &self,
         deadline: Instant,
         operation: impl Fn(&dyn Backend) -> Result<T, Error> + Send + 'static,
+        late: impl FnOnce(T) -> String + Send + 'static,
     ) -> Result<T, Error> {
         let timeout = || Error::Timeout(self.device.clone());
         let turn = self.turns.take(deadline).ok_or_else(timeout)?;
@@ -180,8 +197,9 @@ impl WireGuard {
                     Err(Error::Internal(device.clone(), "the operation panicked".to_owned()))
                 });
             drop(turn);
-            if sender.send(result).is_err() {
-                log::warn!("WireGuard device {device} answered after its time-out");
+            if let Err(mpsc::SendError(result)) = sender.send(result) {
+                let outcome = result.map_or_else(|error| error.to_string(), late);
+                log::warn!("WireGuard device {device} answered after its time-out: {outcome}");
             }
         });
         thread.map_err(|error| {
@@ -233,6 +251,9 @@ fn neither(device: &DeviceName, errno: Errno, socket: io::ErrorKind) -> Option<E
 
 #[cfg(test)]
 mod tests {
+    fn done((): ()) -> String {
+        String::new()
+    }
     use super::*;
 
     fn soon() -> Instant {
@@ -282,19 +303,23 @@ mod tests {
     fn panics_and_hangs_stay_inside() {
         let wireguard = WireGuard::new("wg0".parse().unwrap());
         let far = Instant::now() + Duration::from_secs(60);
-        let result: Result<(), _> = wireguard.run(far, |_| panic!("as the crate does"));
+        let result: Result<(), _> = wireguard.run(far, |_| panic!("as the crate does"), done);
         assert!(matches!(result, Err(Error::Internal(..))));
 
         // An operation hangs: it and those after it time out, until it comes back.
         let (release, hang) = mpsc::channel::<()>();
         let hang = std::sync::Mutex::new(hang);
-        let hung = wireguard.run(soon(), move |_| {
-            let _ = hang.lock().unwrap().recv();
-            Ok(())
-        });
+        let hung = wireguard.run(
+            soon(),
+            move |_| {
+                let _ = hang.lock().unwrap().recv();
+                Ok(())
+            },
+            done,
+        );
         assert!(hung.unwrap_err().is_timeout());
-        assert!(wireguard.run(soon(), |_| Ok(())).unwrap_err().is_timeout());
+        assert!(wireguard.run(soon(), |_| Ok(()), done).unwrap_err().is_timeout());
         drop(release);
-        assert!(wireguard.run(far, |_| Ok(())).is_ok());
+        assert!(wireguard.run(far, |_| Ok(()), done).is_ok());
     }
 }
