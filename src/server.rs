@@ -3,8 +3,8 @@
 use std::io::{self, Read};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use log::error;
@@ -14,16 +14,23 @@ use crate::api::{self, Error};
 use crate::head;
 use crate::routes::{self, Answer, Node};
 
-/// Threads that take requests from tiny_http. They answer what needs no backend and hand the
-/// rest on, so that no backend that hangs ever keeps `/i/node` waiting.
-const RECEIVERS: usize = 2;
+/// Threads that wait for requests when there are none. More are started as these are taken, one
+/// ahead of need, so that no backend that hangs ever keeps `/i/node` waiting.
+const WAITING: usize = 4;
 
 const STACK: usize = 512 * 1024;
 
 /// The HTTP server on the inner socket.
-pub struct Server {
-    http: Arc<tiny_http::Server>,
-    stopping: Arc<AtomicBool>,
+pub struct Server(Arc<Pool>);
+
+/// The threads that take requests from tiny_http and answer them.
+struct Pool {
+    http: tiny_http::Server,
+    node: Node,
+    failed: Box<dyn Fn(&io::Error) + Send + Sync>,
+    /// Threads that wait for a request.
+    waiting: AtomicUsize,
+    stopping: AtomicBool,
 }
 
 impl Server {
@@ -34,58 +41,65 @@ impl Server {
         failed: impl Fn(&io::Error) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let http = tiny_http::Server::from_listener(inner, None).map_err(io::Error::other)?;
-        let server = Self { http: Arc::new(http), stopping: Arc::default() };
-        let (node, failed) = (Arc::new(node), Arc::new(failed));
-        for _ in 0..RECEIVERS {
-            let (http, stopping) = (Arc::clone(&server.http), Arc::clone(&server.stopping));
-            let (node, failed) = (Arc::clone(&node), Arc::clone(&failed));
-            thread::Builder::new().name("receive".to_owned()).stack_size(STACK).spawn(
-                move || {
-                    loop {
-                        match http.recv() {
-                            Ok(request) => dispatch(request, &node),
-                            Err(_) if stopping.load(Ordering::Acquire) => return,
-                            Err(error) => return failed(&error),
-                        }
-                    }
-                },
-            )?;
+        let pool = Arc::new(Pool {
+            http,
+            node,
+            failed: Box::new(failed),
+            waiting: AtomicUsize::new(0),
+            stopping: AtomicBool::new(false),
+        });
+        for _ in 0..WAITING {
+            Pool::grow(&pool)?;
         }
-        Ok(server)
+        Ok(Self(pool))
     }
 
-    /// Ends the receiving threads.
+    /// Ends the threads that wait, and the others when they have answered.
     pub fn stop(self) {
-        self.stopping.store(true, Ordering::Release);
-        (0..RECEIVERS).for_each(|_| self.http.unblock());
+        self.0.stopping.store(true, Ordering::Release);
+        self.0.http.unblock();
     }
 }
 
-fn dispatch(http: Request, node: &Arc<Node>) {
-    let request = view(&http);
-    if request.is_immediate() {
-        return respond(http, &request, node);
+impl Pool {
+    /// Starts a thread; it counts as waiting from now on.
+    fn grow(pool: &Arc<Self>) -> io::Result<()> {
+        let shared = Arc::clone(pool);
+        pool.waiting.fetch_add(1, Ordering::AcqRel);
+        let spawned = thread::Builder::new()
+            .name("request".to_owned())
+            .stack_size(STACK)
+            .spawn(move || Self::receive(&shared));
+        spawned.map(drop).inspect_err(|_| {
+            pool.waiting.fetch_sub(1, Ordering::AcqRel);
+        })
     }
-    // A closure that could not be spawned is lost, and what it owns with it.
-    let handed_over = Arc::new(Mutex::new(Some(http)));
-    let (taken, node) = (Arc::clone(&handed_over), Arc::clone(node));
-    let work = move || {
-        if let Some(http) = take(&taken) {
-            respond(http, &request, &node);
-        }
-    };
-    let spawned = thread::Builder::new().name("request".to_owned()).stack_size(STACK).spawn(work);
-    if let Err(error) = spawned {
-        error!("no thread for a request: {error}");
-        let sentence = "the daemon has run out of threads; try again";
-        if let Some(http) = take(&handed_over) {
-            send(http, Answer::Failure(Error::new(503, sentence)));
-        }
-    }
-}
 
-fn take<T>(from: &Mutex<Option<T>>) -> Option<T> {
-    from.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn receive(pool: &Arc<Self>) {
+        loop {
+            let http = match pool.http.recv() {
+                Ok(http) => http,
+                // One wakes the next.
+                Err(_) if pool.stopping.load(Ordering::Acquire) => return pool.http.unblock(),
+                Err(error) => return (pool.failed)(&error),
+            };
+            let was_last = pool.waiting.fetch_sub(1, Ordering::AcqRel) == 1;
+            let request = view(&http);
+            match if was_last { Self::grow(pool) } else { Ok(()) } {
+                // This thread has to be back at once.
+                Err(error) if !request.is_immediate() => {
+                    error!("no thread for a request: {error}");
+                    let sentence = "the daemon has run out of threads; try again";
+                    send(http, Answer::Failure(Error::new(503, sentence)));
+                }
+                _ => respond(http, &request, &pool.node),
+            }
+            let enough = |waiting| (waiting < WAITING).then_some(waiting + 1);
+            if pool.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, enough).is_err() {
+                return;
+            }
+        }
+    }
 }
 
 fn view(http: &Request) -> routes::Request {
