@@ -26,8 +26,8 @@ const KNOCK_AFTER: Duration = Duration::from_millis(200);
 /// How often that is looked at.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Bytes read from one socket before the next one has its turn.
-const READ_SIZE: usize = 16 * 1024;
+/// Bytes read from one socket before the next one has its turn: a usual reply at one go.
+const READ_SIZE: usize = 64 * 1024;
 
 /// Ready sockets served before the clock is looked at again.
 const EVENTS: usize = 64;
@@ -62,7 +62,7 @@ pub(super) fn ask<D: Dialogue>(
         })
         .collect();
 
-    let mut scratch = [0; READ_SIZE];
+    let mut scratch = vec![0; READ_SIZE];
     let mut events = [EpollEvent::empty(); EVENTS];
     let mut open = calls.len();
     let mut blocked: Vec<usize> = Vec::new();

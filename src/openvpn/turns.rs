@@ -20,6 +20,7 @@ pub(super) struct Turns {
 
 /// Wakes one caller's poll loop when it is its turn somewhere.
 pub(super) struct Waker {
+    /// Readable as long as there are turns.
     event: EventFd,
     turns: Mutex<Vec<usize>>,
 }
@@ -75,9 +76,12 @@ impl Waiter {
     }
 
     fn wake(&self) {
-        locked(&self.waker.turns).push(self.index);
-        // This fails only when the counter is about to overflow: then it wakes as well.
-        let _ = self.waker.event.write(1);
+        let mut turns = locked(&self.waker.turns);
+        turns.push(self.index);
+        if turns.len() == 1 {
+            // Nothing that it fails for can happen: the counter is 0.
+            let _ = self.waker.event.write(1);
+        }
     }
 }
 
@@ -89,9 +93,11 @@ impl Waker {
 
     /// The conversations whose turn has come since the last call.
     pub(super) fn take(&self) -> Vec<usize> {
-        // EAGAIN: nothing has come.
-        let _ = self.event.read();
-        std::mem::take(&mut *locked(&self.turns))
+        let mut turns = locked(&self.turns);
+        if !turns.is_empty() {
+            let _ = self.event.read();
+        }
+        std::mem::take(&mut *turns)
     }
 }
 
