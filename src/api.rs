@@ -1,11 +1,11 @@
 //! The wire: what the portal reads, under the portal's names; errors become a status and a
 //! sentence.
 
+mod connections;
 mod stream;
 mod sync_body;
 
 use std::fmt::Display;
-use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Serialize, Serializer};
 
@@ -79,48 +79,6 @@ impl<'a> From<&'a wireguard::Peer> for Peer<'a> {
     }
 }
 
-/// `GET /o/connection_list`.
-#[derive(Serialize)]
-pub struct ConnectionList<'a> {
-    connection_list: Vec<Connection<'a>>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    failed: Vec<Failed<'a>>,
-}
-
-/// A connected OpenVPN client; `""` for the address family that it has no address of.
-#[derive(Serialize)]
-struct Connection<'a> {
-    common_name: &'a str,
-    #[serde(serialize_with = "as_text_or_empty")]
-    ip_four: Option<Ipv4Addr>,
-    #[serde(serialize_with = "as_text_or_empty")]
-    ip_six: Option<Ipv6Addr>,
-}
-
-/// An OpenVPN process that could not be asked.
-#[derive(Serialize)]
-struct Failed<'a> {
-    socket: &'a str,
-    error: String,
-}
-
-impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
-    fn from(listing: &'a openvpn::Listing) -> Self {
-        Self {
-            connection_list: (listing.clients.iter())
-                .map(|client| Connection {
-                    common_name: &client.common_name,
-                    ip_four: client.ipv4,
-                    ip_six: client.ipv6,
-                })
-                .collect(),
-            failed: (listing.failed.iter())
-                .map(|failure| Failed { socket: &failure.socket, error: failure.error.to_string() })
-                .collect(),
-        }
-    }
-}
-
 /// Why a call failed: a status of the contract and one sentence for people.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Error {
@@ -177,16 +135,6 @@ fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, 
     serializer.collect_str(value)
 }
 
-fn as_text_or_empty<S: Serializer>(
-    value: &Option<impl Display>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => serializer.collect_str(value),
-        None => serializer.serialize_str(""),
-    }
-}
-
 fn as_texts<S: Serializer>(values: &[impl Display], serializer: S) -> Result<S::Ok, S::Error> {
     struct Text<'a, T>(&'a T);
     impl<T: Display> Serialize for Text<'_, T> {
@@ -222,29 +170,6 @@ mod tests {
         let never_seen = wireguard::Peer { last_handshake: None, allowed_ips: vec![], ..peer };
         let text = json(&Peer::from(&never_seen));
         assert!(text.contains(r#""ip_net":[],"last_handshake_time":null,"#), "{text}");
-    }
-
-    #[test]
-    fn a_client_is_as_in_the_contract() {
-        let listing = openvpn::Listing {
-            clients: vec![
-                openvpn::Client {
-                    common_name: "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=".into(),
-                    ipv4: Some([10, 66, 21, 3].into()),
-                    ipv6: "fde6:76bd:ad97:ac5e::3".parse().ok(),
-                },
-                openvpn::Client {
-                    common_name: "\"é\"".into(),
-                    ipv4: None,
-                    ipv6: "fd00::1".parse().ok(),
-                },
-            ],
-            failed: vec![],
-        };
-        assert_eq!(
-            json(&ConnectionList::from(&listing)),
-            r#"{"connection_list":[{"common_name":"YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=","ip_four":"10.66.21.3","ip_six":"fde6:76bd:ad97:ac5e::3"},{"common_name":"\"é\"","ip_four":"","ip_six":"fd00::1"}]}"#
-        );
     }
 
     #[test]

@@ -125,7 +125,7 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
         });
         match clients {
             Ok(Ok(Ok(listing))) if listing.failed.is_empty() => {
-                info.o_client_count = Some(listing.clients.len());
+                info.o_client_count = Some(listing.clients().count());
             }
             Ok(Ok(Ok(listing))) => {
                 for failure in &listing.failed {
@@ -253,7 +253,7 @@ fn log_synced(node: &Node, request: &Request, synced: &Synced) {
 }
 
 fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
-    json(&api::ConnectionList::from(&node.openvpn.clients(deadline)?))
+    stream(api::Stream::connection_list(node.openvpn.clients(deadline)?))
 }
 
 fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {

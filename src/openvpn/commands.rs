@@ -3,7 +3,7 @@
 
 use super::management::{SocketError, excerpt};
 use super::status::{Line, Malformed, Parser, Row};
-use super::{Client, CommonName};
+use super::{Client, Clients, CommonName};
 
 /// What to do after a line.
 #[derive(PartialEq, Eq, Debug)]
@@ -27,10 +27,15 @@ pub(super) trait Dialogue {
 const STATUS: &str = "status 3";
 
 /// Lists the clients that have an address.
-#[derive(Default)]
 pub(super) struct List {
     parser: Parser,
-    pub(super) clients: Vec<Client>,
+    pub(super) clients: Clients,
+}
+
+impl List {
+    pub(super) fn new() -> Self {
+        Self { parser: Parser::new(), clients: Clients::default() }
+    }
 }
 
 impl Dialogue for List {
@@ -41,9 +46,9 @@ impl Dialogue for List {
     fn reply(&mut self, line: &[u8]) -> Result<Step, SocketError> {
         match status_line(&mut self.parser, line)? {
             Line::Client(row) => {
-                let Row { ipv4, ipv6, .. } = row;
-                if ipv4.is_some() || ipv6.is_some() {
-                    self.clients.push(Client { common_name: row.common_name, ipv4, ipv6 });
+                let Row { common_name, ipv4, ipv6, .. } = row;
+                if !(ipv4.is_empty() && ipv6.is_empty()) {
+                    self.clients.push(Client { common_name, ipv4, ipv6 });
                 }
                 Ok(Step::Wait)
             }
@@ -82,7 +87,7 @@ impl Disconnect {
         Self {
             name: name.clone(),
             way: if by_id {
-                Way::ById { parser: Parser::default(), ids: Vec::new(), listed: false }
+                Way::ById { parser: Parser::with_ids(), ids: Vec::new(), listed: false }
             } else {
                 Way::ByName
             },
@@ -148,7 +153,7 @@ impl Dialogue for Probe {
     }
 }
 
-fn status_line(parser: &mut Parser, line: &[u8]) -> Result<Line, SocketError> {
+fn status_line<'a>(parser: &'a mut Parser, line: &'a [u8]) -> Result<Line<'a>, SocketError> {
     if line.starts_with(b"ERROR:") {
         return Err(unexpected(line));
     }

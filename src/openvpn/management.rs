@@ -6,12 +6,13 @@
 //! are news and may stand anywhere. There is no need to say good-bye.
 
 use std::fmt;
-use std::io::{BufRead, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use memchr::memchr_iter;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
@@ -146,21 +147,16 @@ impl<D: Dialogue> Conversation<D> {
     }
 
     /// Takes in what was received. Whether all is said.
-    fn feed(&mut self, mut bytes: &[u8]) -> Result<bool, SocketError> {
+    fn feed(&mut self, bytes: &[u8]) -> Result<bool, SocketError> {
         self.received += bytes.len();
-        loop {
-            let mut rest = bytes;
-            // Searches as memchr(3) does; reading a slice cannot fail.
-            let length = rest.skip_until(b'\n').unwrap_or(0);
-            let line = bytes.get(..length).and_then(|line| line.strip_suffix(b"\n"));
-            let Some(head) = line else {
-                break;
-            };
-            bytes = rest;
+        let mut start = 0;
+        for end in memchr_iter(b'\n', bytes) {
+            let line = bytes.get(start..end).unwrap_or_default();
+            start = end + 1;
             let step = if self.partial.is_empty() {
-                self.line(head)?
+                self.line(line)?
             } else {
-                self.partial.extend_from_slice(head);
+                self.partial.extend_from_slice(line);
                 let line = std::mem::take(&mut self.partial);
                 self.line(&line)?
             };
@@ -173,7 +169,7 @@ impl<D: Dialogue> Conversation<D> {
                 Step::Done => return Ok(true),
             }
         }
-        self.partial.extend_from_slice(bytes);
+        self.partial.extend_from_slice(bytes.get(start..).unwrap_or_default());
         if !self.greeted && self.partial.starts_with(PASSWORD) {
             return Err(SocketError::Password);
         }
@@ -304,7 +300,7 @@ mod tests {
     }
 
     fn pieces(received: &[u8], size: usize) -> Result<Option<usize>, SocketError> {
-        let mut conversation = Conversation::new(List::default());
+        let mut conversation = Conversation::new(List::new());
         for piece in received.chunks(size) {
             if conversation.feed(piece)? {
                 return Ok(Some(conversation.dialogue.clients.len()));

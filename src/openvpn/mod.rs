@@ -1,5 +1,7 @@
 //! OpenVPN clients: asks every management socket of a directory at once, within one deadline.
 
+mod address;
+mod clients;
 mod commands;
 mod fanout;
 mod management;
@@ -10,7 +12,6 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -19,6 +20,7 @@ use std::time::Instant;
 use log::{debug, info, warn};
 use nix::errno::Errno;
 
+pub use clients::{Client, Clients};
 use commands::{Dialogue, Disconnect, List, Probe};
 use fanout::Outcome;
 pub use management::{SocketError, Stage};
@@ -30,18 +32,6 @@ const MAX_SOCKETS: usize = 1024;
 /// The name on a client's certificate: 1 to 64 characters, no control characters.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CommonName(String);
-
-/// A connected client that has a common name and at least one address.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Client {
-    /// Name on its certificate (or user name), as OpenVPN reports it; U+FFFD stands for what
-    /// is not UTF-8.
-    pub common_name: String,
-    /// Its IPv4 address inside the VPN.
-    pub ipv4: Option<Ipv4Addr>,
-    /// Its IPv6 address inside the VPN.
-    pub ipv6: Option<Ipv6Addr>,
-}
 
 /// One process that could not be asked, and why.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -83,10 +73,17 @@ pub enum Error {
 /// The clients of the processes that answered, and the processes that did not.
 #[derive(Debug)]
 pub struct Listing {
-    /// Clients of all processes that answered, in the order of the sockets' names.
-    pub clients: Vec<Client>,
+    /// Clients of each process that answered, in the order of the sockets' names.
+    pub processes: Vec<Clients>,
     /// Processes that could not be asked; never all of them (that is an [`Error`]).
     pub failed: Vec<Failure>,
+}
+
+impl Listing {
+    /// The clients of all processes.
+    pub fn clients(&self) -> impl Iterator<Item = Client<'_>> {
+        self.processes.iter().flat_map(Clients::iter)
+    }
 }
 
 /// All OpenVPN processes whose management sockets lie in one directory.
@@ -112,22 +109,18 @@ impl OpenVpn {
     /// # Errors
     /// The directory cannot be read, or no process could be asked though some are there.
     pub fn clients(&self, deadline: Instant) -> Result<Listing, Error> {
-        let (outcomes, mut failed) = self.ask(List::default, deadline)?;
-        let mut clients = Vec::new();
-        let mut answered = false;
+        let (outcomes, mut failed) = self.ask(List::new, deadline)?;
+        let mut processes = Vec::new();
         for Outcome { socket, dialogue, result } in outcomes {
             match result {
-                Ok(()) => {
-                    answered = true;
-                    clients.extend(dialogue.clients);
-                }
+                Ok(()) => processes.push(dialogue.clients),
                 Err(error) => failed.push(failure(&socket, error)),
             }
         }
-        if !failed.is_empty() && !answered {
+        if !failed.is_empty() && processes.is_empty() {
             return Err(self.sockets_failed(failed, 0));
         }
-        Ok(Listing { clients, failed })
+        Ok(Listing { processes, failed })
     }
 
     /// Disconnects all clients of that name from all processes, even when some processes

@@ -3,31 +3,31 @@
 //! Format: `multi_print_status` in OpenVPN's `multi.c`. Fields are separated by tabs, and
 //! versions differ in their columns, so columns are found by the row that names them.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
-use std::str::FromStr;
+use memchr::memchr_iter;
+
+use super::address::{is_ipv4, is_ipv6};
 
 /// What OpenVPN shows for a client that has not yet proved who it is.
 pub(super) const NO_NAME: &str = "UNDEF";
 
-/// Room for the fields of a row, so that it does not grow field by field.
-const USUAL_FIELDS: usize = 16;
-
 /// A client with a common name; it may not have an address yet.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Row {
+pub(super) struct Row<'a> {
     /// Invalid UTF-8 is replaced by U+FFFD.
-    pub(super) common_name: String,
-    pub(super) ipv4: Option<Ipv4Addr>,
-    pub(super) ipv6: Option<Ipv6Addr>,
+    pub(super) common_name: &'a str,
+    /// An IPv4 address, or empty.
+    pub(super) ipv4: &'a str,
+    /// An IPv6 address, or empty.
+    pub(super) ipv6: &'a str,
     /// What `client-kill` takes; never used twice by one process.
     pub(super) client_id: Option<u64>,
 }
 
 /// One line of the reply.
 #[derive(PartialEq, Eq, Debug)]
-pub(super) enum Line {
+pub(super) enum Line<'a> {
     /// A client.
-    Client(Row),
+    Client(Row<'a>),
     /// Titles, routes, statistics, clients without a name.
     Other,
     /// The report is complete.
@@ -39,9 +39,11 @@ pub(super) enum Line {
 pub(super) struct Malformed(pub(super) &'static str);
 
 /// Reads a report line by line.
-#[derive(Default)]
 pub(super) struct Parser {
+    wants_ids: bool,
     columns: Option<Columns>,
+    /// The last row that was not UTF-8, with replacements.
+    replaced: String,
 }
 
 /// Where the fields of a client's row stand.
@@ -52,79 +54,101 @@ struct Columns {
     ipv6: Option<usize>,
     /// OpenVPN has this column since 2.4.
     client_id: Option<usize>,
+    /// The fields up to the last of these.
+    count: usize,
 }
 
 impl Parser {
+    /// For names and addresses.
+    pub(super) fn new() -> Self {
+        Self { wants_ids: false, columns: None, replaced: String::new() }
+    }
+
+    /// For client ids as well.
+    pub(super) fn with_ids() -> Self {
+        Self { wants_ids: true, ..Self::new() }
+    }
+
     /// Reads the next line, without its end.
-    pub(super) fn line(&mut self, line: &[u8]) -> Result<Line, Malformed> {
-        // About half of a report.
-        if line.starts_with(b"ROUTING_TABLE\t") {
+    pub(super) fn line<'a>(&'a mut self, line: &'a [u8]) -> Result<Line<'a>, Malformed> {
+        if let Some(row) = line.strip_prefix(b"CLIENT_LIST\t") {
+            let Some(columns) = &self.columns else {
+                return Err(Malformed("a client before the names of the columns"));
+            };
+            return columns.row(str::from_utf8(row).unwrap_or_else(|_| {
+                self.replaced = String::from_utf8_lossy(row).into_owned();
+                &self.replaced
+            }));
+        }
+        if let Some(names) = line.strip_prefix(b"HEADER\tCLIENT_LIST\t") {
+            self.columns = Some(Columns::find(&String::from_utf8_lossy(names), self.wants_ids)?);
             return Ok(Line::Other);
         }
-        let mut fields: Vec<&[u8]> = Vec::with_capacity(USUAL_FIELDS);
-        fields.extend(line.split(|&byte| byte == b'\t'));
-        match fields.as_slice() {
+        match line {
             // A report without columns would read like a server without clients.
-            [b"END"] if self.columns.is_none() => Err(Malformed("a report without clients")),
-            [b"END"] => Ok(Line::End),
-            [_] => Err(Malformed("a line that is no part of a status report")),
-            [b"HEADER", b"CLIENT_LIST", names @ ..] => {
-                self.columns = Some(Columns::find(names)?);
-                Ok(Line::Other)
-            }
-            [b"CLIENT_LIST", fields @ ..] => match &self.columns {
-                Some(columns) => columns.row(fields),
-                None => Err(Malformed("a client before the names of the columns")),
-            },
-            _ => Ok(Line::Other),
+            b"END" if self.columns.is_none() => Err(Malformed("a report without clients")),
+            b"END" => Ok(Line::End),
+            _ if line.contains(&b'\t') => Ok(Line::Other),
+            _ => Err(Malformed("a line that is no part of a status report")),
         }
     }
 }
 
 impl Columns {
-    fn find(names: &[&[u8]]) -> Result<Self, Malformed> {
-        let find = |name: &str| names.iter().position(|field| *field == name.as_bytes());
-        Ok(Self {
-            common_name: find("Common Name").ok_or(Malformed("a report without common names"))?,
-            ipv4: find("Virtual Address").ok_or(Malformed("a report without addresses"))?,
-            ipv6: find("Virtual IPv6 Address"),
-            client_id: find("Client ID"),
-        })
+    fn find(names: &str, wants_ids: bool) -> Result<Self, Malformed> {
+        let find = |name| fields(names).position(|field| field == name);
+        let common_name = find("Common Name").ok_or(Malformed("a report without common names"))?;
+        let ipv4 = find("Virtual Address").ok_or(Malformed("a report without addresses"))?;
+        let ipv6 = find("Virtual IPv6 Address");
+        let client_id = find("Client ID").filter(|_| wants_ids);
+        let last = [Some(common_name), Some(ipv4), ipv6, client_id].into_iter().flatten().max();
+        let count = last.map_or(0, |last| last + 1);
+        Ok(Self { common_name, ipv4, ipv6, client_id, count })
     }
 
-    fn row(&self, fields: &[&[u8]]) -> Result<Line, Malformed> {
-        let field = |at: usize| {
-            fields
-                .get(at)
-                .map(|field| String::from_utf8_lossy(field))
-                .ok_or(Malformed("a client with missing fields"))
+    fn row<'a>(&self, row: &'a str) -> Result<Line<'a>, Malformed> {
+        let (mut common_name, mut ipv4) = (None, None);
+        // A column that this version does not have is empty.
+        let mut ipv6 = self.ipv6.is_none().then_some("");
+        let mut client_id = self.client_id.is_none().then_some("");
+        for (at, field) in fields(row).take(self.count).enumerate() {
+            if at == self.common_name {
+                common_name = Some(field);
+            } else if at == self.ipv4 {
+                ipv4 = Some(field);
+            } else if Some(at) == self.ipv6 {
+                ipv6 = Some(field);
+            } else if Some(at) == self.client_id {
+                client_id = Some(field);
+            }
+        }
+        let (Some(common_name), Some(ipv4), Some(ipv6), Some(client_id)) =
+            (common_name, ipv4, ipv6, client_id)
+        else {
+            return Err(Malformed("a client with missing fields"));
         };
-        let common_name = field(self.common_name)?;
         if common_name.is_empty() || common_name == NO_NAME {
             return Ok(Line::Other);
         }
-        let bad_address = Malformed("a client whose address is none");
-        Ok(Line::Client(Row {
-            ipv4: parse(&field(self.ipv4)?, bad_address)?,
-            ipv6: match self.ipv6 {
-                Some(at) => parse(&field(at)?, bad_address)?,
-                None => None,
-            },
-            client_id: match self.client_id {
-                Some(at) => parse(&field(at)?, Malformed("a client whose id is no number"))?,
-                None => None,
-            },
-            common_name: common_name.into_owned(),
-        }))
+        // An empty field is a value that is not there (yet).
+        if !(ipv4.is_empty() || is_ipv4(ipv4)) || !(ipv6.is_empty() || is_ipv6(ipv6)) {
+            return Err(Malformed("a client whose address is none"));
+        }
+        let client_id = match client_id {
+            "" => None,
+            id => Some(id.parse().map_err(|_| Malformed("a client whose id is no number"))?),
+        };
+        Ok(Line::Client(Row { common_name, ipv4, ipv6, client_id }))
     }
 }
 
-/// An empty field is a value that is not there (yet).
-fn parse<T: FromStr>(field: &str, otherwise: Malformed) -> Result<Option<T>, Malformed> {
-    if field.is_empty() {
-        return Ok(None);
-    }
-    field.parse().map(Some).map_err(|_| otherwise)
+fn fields(row: &str) -> impl Iterator<Item = &str> {
+    let mut start = 0;
+    memchr_iter(b'\t', row.as_bytes()).chain([row.len()]).map_while(move |end| {
+        let field = row.get(start..end);
+        start = end + 1;
+        field
+    })
 }
 
 #[cfg(test)]
@@ -140,33 +164,33 @@ mod tests {
         Virtual IPv6 Address\tBytes Received\tBytes Sent\tConnected Since\t\
         Connected Since (time_t)\tUsername\tClient ID\tPeer ID\tData Channel Cipher";
 
-    fn after(header: &str, line: &[u8]) -> Result<Line, Malformed> {
-        let mut parser = Parser::default();
+    fn after(header: &str) -> Parser {
+        let mut parser = Parser::with_ids();
         assert_eq!(parser.line(header.as_bytes()), Ok(Line::Other));
-        parser.line(line)
+        parser
     }
 
-    fn row(name: &str, ipv4: &str, ipv6: &str, client_id: Option<u64>) -> Result<Line, Malformed> {
-        Ok(Line::Client(Row {
-            common_name: name.to_owned(),
-            ipv4: ipv4.parse().ok(),
-            ipv6: ipv6.parse().ok(),
-            client_id,
-        }))
+    fn row<'a>(
+        common_name: &'a str,
+        ipv4: &'a str,
+        ipv6: &'a str,
+        client_id: Option<u64>,
+    ) -> Result<Line<'a>, Malformed> {
+        Ok(Line::Client(Row { common_name, ipv4, ipv6, client_id }))
     }
 
     #[test]
     fn finds_columns_by_name() {
         let since = "2025-01-01 00:00:00\t1735689600";
         let v2_3 = format!("CLIENT_LIST\ta\t192.0.2.1:5\t10.0.0.2\t1\t2\t{since}\tUNDEF");
-        assert_eq!(after(V2_3, v2_3.as_bytes()), row("a", "10.0.0.2", "", None));
+        assert_eq!(after(V2_3).line(v2_3.as_bytes()), row("a", "10.0.0.2", "", None));
         let v2_4 = format!("CLIENT_LIST\ta\tx\t10.0.0.2\tfd00::2\t1\t2\t{since}\tUNDEF\t7\t0");
-        assert_eq!(after(V2_4, v2_4.as_bytes()), row("a", "10.0.0.2", "fd00::2", Some(7)));
+        assert_eq!(after(V2_4).line(v2_4.as_bytes()), row("a", "10.0.0.2", "fd00::2", Some(7)));
         let v2_6 = format!("CLIENT_LIST\ta\tx\t\tfd00::2\t1\t2\t{since}\tuser\t0\t0\tAES-256-GCM");
-        assert_eq!(after(V2_6, v2_6.as_bytes()), row("a", "", "fd00::2", Some(0)));
+        assert_eq!(after(V2_6).line(v2_6.as_bytes()), row("a", "", "fd00::2", Some(0)));
         let other = "HEADER\tCLIENT_LIST\tClient ID\tVirtual Address\tNew\tCommon Name";
         assert_eq!(
-            after(other, b"CLIENT_LIST\t9\t10.0.0.1\tx\tb"),
+            after(other).line(b"CLIENT_LIST\t9\t10.0.0.1\tx\tb"),
             row("b", "10.0.0.1", "", Some(9))
         );
     }
@@ -176,10 +200,14 @@ mod tests {
         for name in ["END", "CLIENT_LIST", "HEADER", "a,b", ">INFO:", "ERROR: x", " ", "Zoë", "\""]
         {
             let line = format!("CLIENT_LIST\t{name}\tx\t10.0.0.1\t\t1\t2\tt\t3\tu\t4\t5\tc");
-            assert_eq!(after(V2_6, line.as_bytes()), row(name, "10.0.0.1", "", Some(4)), "{name}");
+            assert_eq!(
+                after(V2_6).line(line.as_bytes()),
+                row(name, "10.0.0.1", "", Some(4)),
+                "{name}"
+            );
         }
         let line = b"CLIENT_LIST\tZo\xeb\tx\t\t\t1\t2\tt\t3\tu\t4\t5\tc";
-        assert_eq!(after(V2_6, line), row("Zo\u{fffd}", "", "", Some(4)));
+        assert_eq!(after(V2_6).line(line), row("Zo\u{fffd}", "", "", Some(4)));
     }
 
     #[test]
@@ -194,9 +222,9 @@ mod tests {
             "CLIENT_LIST\tUNDEF\tx\t\t\t1\t2\tt\t3\tu\t4\t5\tc",
             "CLIENT_LIST\t\tx\t\t\t1\t2\tt\t3\tu\t4\t5\tc",
         ] {
-            assert_eq!(after(V2_6, line.as_bytes()), Ok(Line::Other), "{line}");
+            assert_eq!(after(V2_6).line(line.as_bytes()), Ok(Line::Other), "{line}");
         }
-        assert_eq!(after(V2_6, b"END"), Ok(Line::End));
+        assert_eq!(after(V2_6).line(b"END"), Ok(Line::End));
     }
 
     #[test]
@@ -218,9 +246,9 @@ mod tests {
             "HEADER\tCLIENT_LIST\tVirtual Address",
             "HEADER\tCLIENT_LIST\tCommon Name",
         ] {
-            assert!(after(V2_6, line.as_bytes()).is_err(), "{line}");
+            assert!(after(V2_6).line(line.as_bytes()).is_err(), "{line}");
         }
-        assert!(Parser::default().line(b"END").is_err());
-        assert!(Parser::default().line(b"CLIENT_LIST\ta\tx\t10.0.0.1").is_err());
+        assert!(Parser::new().line(b"END").is_err());
+        assert!(Parser::new().line(b"CLIENT_LIST\ta\tx\t10.0.0.1").is_err());
     }
 }
