@@ -18,9 +18,9 @@ const HEAD_TIME: Duration = Duration::from_secs(10);
 const BODY_TIME: Duration = Duration::from_secs(20);
 /// Without a byte, before and between requests.
 const IDLE_TIME: Duration = Duration::from_secs(60);
-/// From the end of the request until the client has taken the whole answer: 3 s for the daemon,
-/// 20 s for the client.
-const ANSWER_TIME: Duration = Duration::from_secs(23);
+/// From the end of the request until the client has taken the whole answer. The daemon has it after
+/// 3 s.
+const ANSWER_TIME: Duration = Duration::from_secs(20);
 /// For a client that was refused to read why, before the connection is cut.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
 
@@ -322,4 +322,68 @@ impl AnswerHead {
 fn usize_of(length: u64) -> usize {
     // The front door lets at most 32 MiB through.
     usize::try_from(length).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::table::Table;
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
+
+    /// A client that asks once, and how long it may take over the answer when that comes.
+    struct Asker<'a> {
+        request: &'a [u8],
+        place: &'a Place,
+        time: Option<Duration>,
+    }
+
+    impl Read for Asker<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.request.read(buffer)
+        }
+    }
+
+    impl Write for Asker<'_> {
+        fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+            let left = self.place.deadline().saturating_duration_since(Instant::now());
+            self.time.get_or_insert(left);
+            Ok(buffer.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Stream for Asker<'_> {
+        fn finish(&mut self) {}
+    }
+
+    #[test]
+    fn an_answer_is_to_be_taken_within_20_s_of_the_request() {
+        let (inner, listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 1024];
+            while matches!(stream.read(&mut request), Ok(1..)) {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+            }
+        });
+        let outer = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(outer.local_addr().unwrap()).unwrap();
+        let place = Table::new(1).admit(Arc::new(socket), Instant::now() + IDLE_TIME);
+        let request = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n";
+        let mut asker = Asker { request, place: &place, time: None };
+        let client = Client { address: String::new(), name: None };
+        let mut relay = Relay {
+            stream: &mut asker,
+            place: &place,
+            inner: &inner,
+            client: &client,
+            buffer: vec![],
+        };
+        relay.run().unwrap();
+        assert!(asker.time.unwrap() <= Duration::from_secs(20), "{:?}", asker.time);
+    }
 }

@@ -201,6 +201,11 @@ impl Place {
         (slot.phase, slot.deadline) = (phase, deadline);
         true
     }
+
+    #[cfg(test)]
+    pub(super) fn deadline(&self) -> Instant {
+        self.table.lock().slots[&self.id].deadline
+    }
 }
 
 impl Drop for Place {

@@ -236,7 +236,7 @@ fn without_descriptors_the_waiting_make_room() {
     drop(idle);
 }
 
-/// 10 s for a head, 20 s for a body, 60 s idle, about 20 s to take an answer: all at once.
+/// 10 s for a head, 20 s for a body, 60 s idle, 20 s to take an answer: all at once.
 #[test]
 fn slow_clients_run_out_of_time() {
     let site = Site::plain(&[]);
