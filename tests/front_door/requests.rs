@@ -66,8 +66,8 @@ const TABLE: &[(&str, u16, &str)] = &[
     ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length:\r\n\r\n", 400, "decimal"),
     (
         "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 99999999999999999999\r\n\r\n",
-        400,
-        "range",
+        413,
+        "64 KiB",
     ),
     (
         "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 100000000000000\r\n\r\n",
