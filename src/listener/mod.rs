@@ -21,7 +21,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
-pub use inner::Inner;
+pub use inner::{Inner, InnerDirectory};
 use relay::{Client, Stream};
 use table::{Place, Table};
 
@@ -132,7 +132,6 @@ impl FrontDoor {
             let _ = self.accepting.join();
         }
         self.shared.table.wait_until_empty(STOP_TIME);
-        self.shared.inner.remove();
     }
 }
 

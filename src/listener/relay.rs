@@ -326,7 +326,7 @@ fn usize_of(length: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::table::Table;
+    use super::super::{inner::InnerDirectory, table::Table};
     use super::*;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
@@ -362,7 +362,8 @@ mod tests {
 
     #[test]
     fn an_answer_is_to_be_taken_within_20_s_of_the_request() {
-        let (inner, listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
+        let directory = InnerDirectory::below(&std::env::temp_dir()).unwrap();
+        let (inner, listener) = Inner::open(&directory, |_| {}).unwrap();
         std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut request = [0; 1024];

@@ -1,14 +1,17 @@
 //! Its directory, its signals, its end.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use super::common::{Answer, Daemon};
-use super::{CONNECTIONS, Connection, NODE, Site, hang, names};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+use super::common::{Answer, Daemon, TempDir};
+use super::{CONNECTIONS, Connection, NODE, Site, hang, limit_open_files, names};
 
 #[test]
 fn the_inner_socket_is_private_and_goes_with_the_daemon() {
@@ -40,6 +43,28 @@ fn the_inner_socket_is_private_and_goes_with_the_daemon() {
     assert!(daemon.wait().success());
     assert!(!inner.exists());
     assert_eq!(names(daemon.directory()), [""; 0]);
+}
+
+/// With so few descriptors the start fails, at one step after another.
+#[test]
+fn a_start_that_fails_leaves_nothing() {
+    let mut failed = 0;
+    for files in 3..=10 {
+        let directory = TempDir::new("start");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"));
+        command.args(["-listen", "127.0.0.1:0"]).env_remove("CREDENTIALS_DIRECTORY");
+        command.env("RUNTIME_DIRECTORY", directory.path());
+        limit_open_files(&mut command, files);
+        let mut daemon = command.stderr(Stdio::piped()).spawn().unwrap();
+        for line in BufReader::new(daemon.stderr.take().unwrap()).lines() {
+            if line.unwrap().contains("listening on") {
+                signal::kill(Pid::from_raw(daemon.id().cast_signed()), Signal::SIGTERM).unwrap();
+            }
+        }
+        failed += u32::from(daemon.wait().unwrap().code() == Some(1));
+        assert_eq!(names(directory.path()), [""; 0], "{files}");
+    }
+    assert!(failed >= 3, "{failed}");
 }
 
 #[test]
