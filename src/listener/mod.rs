@@ -164,6 +164,10 @@ fn accept_loop(listener: &TcpListener, shared: &Arc<Shared>, stop: &EventFd) {
                     }
                 }
                 Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => {
+                    // The end does not wait for long until something is free.
+                    if shared.table.is_stopping() {
+                        last = last.saturating_sub(LAST / 8);
+                    }
                     shared.relieve("cannot accept a connection", &error);
                     // What was closed is free once its threads have noticed.
                     thread::sleep(Duration::from_millis(20));

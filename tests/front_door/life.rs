@@ -106,6 +106,24 @@ fn the_end_waits_for_nobody_who_has_not_asked() {
     drop((silent, half, closing));
 }
 
+/// Whoever is still queued then waits for the next process, or is told by a reset.
+#[test]
+fn out_of_descriptors_it_ends_all_the_same() {
+    let mut daemon = Daemon::start(&[]);
+    let arguments = ["--pid", &daemon.pid().to_string(), "-n3:"];
+    assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
+    let queued: Vec<_> = (0..4).map(|_| daemon.connect()).collect();
+    daemon.wait_for_log("cannot accept a connection");
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0));
+    // It says so once a second while it waits for descriptors.
+    let log = daemon.log();
+    let tries = log.iter().skip_while(|line| !line.contains("SIGTERM: stopping"));
+    assert!(tries.filter(|line| line.contains("cannot accept")).count() < 4, "{log:#?}");
+    assert_eq!(names(daemon.directory()), [""; 0]);
+    drop(queued);
+}
+
 /// When tiny_http runs out of descriptors it may stop accepting, with an error or a panic. The
 /// daemon has to end then, so that it is started again, or else it has to go on serving.
 #[test]
