@@ -185,6 +185,11 @@ fn statuses_of_requests_that_get_through() {
         assert_eq!(answer.status, status, "{request:?}: {answer:?}");
         assert!(!answer.error().is_empty());
         assert_eq!(answer.header("Allow"), allow, "{request:?}");
+        if let Some(methods) = allow {
+            let path = request.split(' ').nth(1).unwrap();
+            let sentence = format!("{path} takes only {}", methods.replace(", ", " or "));
+            assert_eq!(answer.error(), sentence);
+        }
         assert_eq!(connection.ask(NODE).status, 200, "after {request:?}");
     }
 }
