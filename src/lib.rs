@@ -90,8 +90,8 @@ pub fn run() -> ExitCode {
         Ok(Command::Help) => print(cli::HELP),
         Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::Serve(options)) => serve(options),
-        Ok(Command::Check { options, json }) => {
-            let report = check::run(&options);
+        Ok(Command::Check { options, given, json }) => {
+            let report = check::run(options, given);
             let printed = print(&if json { report.json() } else { report.to_string() });
             match printed {
                 Ok(()) => return ExitCode::from(report.exit_status()),
