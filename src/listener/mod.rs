@@ -291,6 +291,10 @@ impl Stream for Plain {
         // An error means that the client was faster.
         let _ = self.0.shutdown(std::net::Shutdown::Write);
     }
+
+    fn finish_at_once(&mut self) {
+        self.finish();
+    }
 }
 
 /// A TLS connection after its handshake.
@@ -318,5 +322,11 @@ impl Stream for Tunnel {
         // An error means that the client was faster.
         let _ = io::Write::flush(&mut self.0);
         self.0.sock.finish();
+    }
+
+    fn finish_at_once(&mut self) {
+        if self.0.sock.0.set_nonblocking(true).is_ok() {
+            self.finish();
+        }
     }
 }

@@ -37,6 +37,9 @@ const PIECE: usize = 16 * 1024;
 pub(super) trait Stream: Read + Write {
     /// Tells the client that nothing more comes. Reading goes on.
     fn finish(&mut self);
+
+    /// The same without waiting, and without reading on: the client may miss it.
+    fn finish_at_once(&mut self);
 }
 
 /// Who is at the other end.
@@ -68,8 +71,9 @@ impl<S: Stream> Relay<'_, S> {
         let mut waiting = Phase::Arriving;
         loop {
             if self.buffer.is_empty() {
-                self.enter(waiting, IDLE_TIME)?;
-                if self.receive(PIECE)? == 0 {
+                let received = self.enter(waiting, IDLE_TIME).and_then(|()| self.receive(PIECE));
+                // Over TLS an error as well: the place is lost, or the client has gone silently.
+                if !matches!(received, Ok(1..)) {
                     return self.leave();
                 }
             }
@@ -236,10 +240,13 @@ impl<S: Stream> Relay<'_, S> {
         self.leave()
     }
 
-    /// Closes the connection once the client has read its answer.
+    /// Closes the connection once the client has read its answer, or at once where its place is
+    /// lost.
     fn leave(&mut self) -> io::Result<()> {
-        self.enter(Phase::Arriving, FAREWELL_TIME)?;
-        farewell(self.stream);
+        match self.enter(Phase::Arriving, FAREWELL_TIME) {
+            Ok(()) => farewell(self.stream),
+            Err(_) => self.stream.finish_at_once(),
+        }
         Ok(())
     }
 }
@@ -358,6 +365,8 @@ mod tests {
 
     impl Stream for Asker<'_> {
         fn finish(&mut self) {}
+
+        fn finish_at_once(&mut self) {}
     }
 
     #[test]

@@ -179,6 +179,15 @@ fn over_the_limit_is_503_and_only_then() {
 }
 
 #[test]
+fn idle_connections_end_in_order_when_they_make_room() {
+    for site in Site::both(&["-max-connections", "2"]) {
+        let mut idle: Vec<_> = (0..4).map(|_| hold_open(&site, Mood::Idle)).collect();
+        idle[0].ends();
+        idle[1].ends();
+    }
+}
+
+#[test]
 fn node_is_answered_while_every_backend_hangs() {
     let site = Site::plain(&[]);
     let _openvpn = hang(&site.daemon);
