@@ -79,11 +79,15 @@ impl<S: Stream> Relay<'_, S> {
             }
             let head = match self.read_head()? {
                 Ok(head) => head,
-                Err(refusal) => return self.refuse(refusal.status, refusal.reason),
+                Err(refusal) => {
+                    let is_head = self.buffer.trim_ascii_start().starts_with(b"HEAD ");
+                    return self.refuse(refusal.status, refusal.reason, is_head);
+                }
             };
             self.read_whole_body(&head)?;
             if self.place.over_limit {
-                return self.refuse(503, "the connection limit is reached; try again");
+                let sentence = "the connection limit is reached; try again";
+                return self.refuse(503, sentence, head.is_head);
             }
             if !self.answer(&head)? {
                 return self.leave();
@@ -169,7 +173,8 @@ impl<S: Stream> Relay<'_, S> {
             Ok(inner) => inner,
             Err(error) => {
                 error!("no connection to the HTTP server: {error}");
-                self.refuse(503, "the daemon has run out of resources; try again")?;
+                let sentence = "the daemon has run out of resources; try again";
+                self.refuse(503, sentence, head.is_head)?;
                 return Ok(false);
             }
         };
@@ -185,7 +190,8 @@ impl<S: Stream> Relay<'_, S> {
                 error!("the HTTP server gave no answer: {error}");
                 drop(inner);
                 self.inner.probe();
-                self.refuse(500, "internal error; see the log of the daemon")?;
+                let sentence = "internal error; see the log of the daemon";
+                self.refuse(500, sentence, head.is_head)?;
                 return Ok(false);
             }
         };
@@ -225,15 +231,18 @@ impl<S: Stream> Relay<'_, S> {
     }
 
     /// Answers with an error and ends the connection; what else the client sends is thrown away.
-    fn refuse(&mut self, status: u16, sentence: &str) -> io::Result<()> {
+    fn refuse(&mut self, status: u16, sentence: &str, is_head: bool) -> io::Result<()> {
         let body = error_body(sentence);
         let reason = tiny_http::StatusCode(status).default_reason_phrase();
-        let answer = format!(
+        let mut answer = format!(
             "HTTP/1.1 {status} {reason}\r\nServer: vpn-daemon\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\
-             Connection: close\r\n\r\n{body}",
+             Connection: close\r\n\r\n",
             body.len()
         );
+        if !is_head {
+            answer.push_str(&body);
+        }
         self.enter(Phase::Arriving, FAREWELL_TIME)?;
         self.stream.write_all(answer.as_bytes())?;
         self.stream.flush()?;

@@ -168,6 +168,11 @@ fn over_the_limit_is_503_and_only_then() {
         assert_eq!(answer.status, 503, "{answer:?}");
         assert!(answer.error().contains("connection limit"));
         newcomer.ends();
+        // What is asked with HEAD has no body, whatever the answer.
+        let mut newcomer = site.connect();
+        let answer = newcomer.ask(&NODE.replace("GET", "HEAD"));
+        assert_eq!((answer.status, answer.body.as_str()), (503, ""));
+        newcomer.ends();
         // A body is read first, or the client would lose the answer.
         assert_eq!(site.ask(&post("/w/add_peer", &"a".repeat(60_000))).status, 503);
         for mut connection in busy {

@@ -129,6 +129,24 @@ fn what_two_readers_could_read_differently_is_refused() {
 }
 
 #[test]
+fn a_refused_head_request_is_answered_without_a_body() {
+    for site in Site::both(&[]) {
+        for request in
+            [NODE.replace("Host", "X : a\r\nHost"), format!("\r\n{NODE}").replace("Host", "X")]
+        {
+            let mut connection = site.connect();
+            let request = request.replace("GET", "HEAD");
+            connection.write_all(request.as_bytes()).unwrap();
+            connection.flush().unwrap();
+            let answer = Answer::read(&mut *connection, true).unwrap();
+            assert_eq!(answer.status, 400, "{request:?}");
+            assert!(answer.header("Content-Length").unwrap().parse::<u32>().unwrap() > 2);
+            connection.ends();
+        }
+    }
+}
+
+#[test]
 fn a_refused_request_ends_a_connection_that_served_others() {
     for site in Site::both(&[]) {
         let mut connection = site.connect();
