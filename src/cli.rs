@@ -22,7 +22,8 @@ which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
   -wg-device NAME        WireGuard network interface (default wg0)
   -openvpn-dir DIR       directory of the OpenVPN management sockets
                          (default /run/openvpn-server)
-  -max-connections N     connections served at the same time (default 256)
+  -max-connections N     connections served at the same time, 1 to 65536
+                         (default 256)
   -version               print the version
   -help                  print this text
 
@@ -41,6 +42,9 @@ Environment:
 Signals: SIGHUP reads the certificates again, SIGTERM and SIGINT end the daemon.
 Exit status: 0 after a signal, 1 when it cannot run, 2 for unknown flags.
 ";
+
+/// Each takes a thread or two, and five descriptors.
+const MAX_CONNECTIONS: usize = 65536;
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -140,8 +144,11 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
             "openvpn-dir" => options.openvpn_dir = parser.value()?.into(),
             "max-connections" => {
                 options.max_connections = match checked(&flag, parser.value()?)? {
-                    0 => return Err(UsageError("-max-connections: must be at least 1".into())),
-                    number => number,
+                    number @ 1..=MAX_CONNECTIONS => number,
+                    _ => {
+                        let sentence = format!("-max-connections: must be 1 to {MAX_CONNECTIONS}");
+                        return Err(UsageError(sentence));
+                    }
                 }
             }
             "json" if check => json = true,
@@ -301,7 +308,9 @@ mod tests {
             ("-listen [localhost]:1", "is not an IPv6 address"),
             ("-listen host:http", "the port is not a number"),
             ("-listen :65536", "the port is not a number"),
-            ("-max-connections 0", "-max-connections: must be at least 1"),
+            ("-max-connections 0", "-max-connections: must be 1 to 65536"),
+            ("-max-connections 65537", "-max-connections: must be 1 to 65536"),
+            ("-max-connections 18446744073709551615", "-max-connections: must be 1 to 65536"),
             ("-max-connections many", "-max-connections many: "),
         ] {
             let error = parse_words(line).expect_err(line);

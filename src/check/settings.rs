@@ -62,7 +62,11 @@ where
     })
 }
 
-fn read(file: &str) -> io::Result<String> {
+fn read(file: impl AsRef<Path>) -> io::Result<String> {
+    // Looked at before it is opened: opening a pipe waits for a writer.
+    if !fs::metadata(&file)?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
     let mut text = Vec::new();
     File::open(file)?.take(MAX_FILE).read_to_end(&mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
@@ -98,6 +102,17 @@ pub(super) fn credentials() -> (Option<PathBuf>, Option<Entry>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::stat::Mode;
+    use nix::unistd::{mkdtemp, mkfifo};
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let directory = mkdtemp(&std::env::temp_dir().join("vpn-daemon.XXXXXX")).unwrap();
+        let pipe = directory.join("pipe");
+        mkfifo(&pipe, Mode::S_IRUSR).unwrap();
+        assert_eq!(read(&pipe).unwrap_err().to_string(), "it is no regular file");
+        fs::remove_dir_all(directory).unwrap();
+    }
 
     #[test]
     fn values_are_read_as_systemd_reads_them() {
