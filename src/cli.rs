@@ -22,13 +22,16 @@ which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
   -wg-device NAME        WireGuard network interface (default wg0)
   -openvpn-dir DIR       directory of the OpenVPN management sockets
                          (default /run/openvpn-server)
-  -max-connections N     connections served at the same time (default 256)
+  -max-connections N     connections served at the same time, 1 to 65536
+                         (default 256)
   -version               print the version
   -help                  print this text
 
 vpn-daemon check looks at everything that the daemon needs, changes nothing, and says
-how to mend what is wrong (-json: as JSON). Exit status: 0 all is well, 1 warnings,
-2 problems.
+how to mend what is wrong (-json: as JSON). What no flag says it takes from where the
+service has it: WG_DEVICE and LISTEN in /etc/default/vpn-daemon or
+/etc/sysconfig/vpn-daemon, and the credentials of the running service.
+Exit status: 0 all is well, 1 warnings, 2 problems.
 
 Environment:
   CREDENTIALS_DIRECTORY  directory of ca.crt, server.crt and server.key (PEM), and
@@ -40,6 +43,9 @@ Signals: SIGHUP reads the certificates again, SIGTERM and SIGINT end the daemon.
 Exit status: 0 after a signal, 1 when it cannot run, 2 for unknown flags.
 ";
 
+/// Each takes a thread or two, and five descriptors.
+const MAX_CONNECTIONS: usize = 65536;
+
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
@@ -49,6 +55,8 @@ pub enum Command {
     Check {
         /// Those of the daemon that is to be checked.
         options: Options,
+        /// What was said by a flag.
+        given: Given,
         /// Print JSON instead of text.
         json: bool,
     },
@@ -56,6 +64,15 @@ pub enum Command {
     Help,
     /// Print the version.
     Version,
+}
+
+/// Flags on the command line, of those that the service takes from a file.
+#[derive(Debug, PartialEq, Eq, Clone, Copy, Default)]
+pub struct Given {
+    /// `-listen`.
+    pub listen: bool,
+    /// `-wg-device`.
+    pub wg_device: bool,
 }
 
 /// How to run the daemon.
@@ -106,7 +123,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
     let mut arguments = arguments.into_iter().peekable();
     let check = arguments.next_if(|first| first == "check").is_some();
     let mut parser = lexopt::Parser::from_args(arguments.map(two_dashes));
-    let (mut options, mut json) = (Options::default(), false);
+    let (mut options, mut given, mut json) = (Options::default(), Given::default(), false);
     while let Some(argument) = parser.next()? {
         let Long(flag) = argument else {
             return Err(match argument {
@@ -116,13 +133,22 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
         };
         let flag = flag.to_owned();
         match flag.as_str() {
-            "listen" => options.listen = checked(&flag, parser.value()?)?,
-            "wg-device" => options.wg_device = checked(&flag, parser.value()?)?,
+            "listen" => {
+                options.listen = checked(&flag, parser.value()?)?;
+                given.listen = true;
+            }
+            "wg-device" => {
+                options.wg_device = checked(&flag, parser.value()?)?;
+                given.wg_device = true;
+            }
             "openvpn-dir" => options.openvpn_dir = parser.value()?.into(),
             "max-connections" => {
                 options.max_connections = match checked(&flag, parser.value()?)? {
-                    0 => return Err(UsageError("-max-connections: must be at least 1".into())),
-                    number => number,
+                    number @ 1..=MAX_CONNECTIONS => number,
+                    _ => {
+                        let sentence = format!("-max-connections: must be 1 to {MAX_CONNECTIONS}");
+                        return Err(UsageError(sentence));
+                    }
                 }
             }
             "json" if check => json = true,
@@ -131,7 +157,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
             _ => return Err(UsageError(format!("unknown flag -{flag}"))),
         }
     }
-    Ok(if check { Command::Check { options, json } } else { Command::Serve(options) })
+    Ok(if check { Command::Check { options, given, json } } else { Command::Serve(options) })
 }
 
 /// Unit files write `-flag`, which lexopt would read as a row of one-letter flags.
@@ -237,12 +263,14 @@ mod tests {
 
     #[test]
     fn check_takes_the_same_flags() {
-        for (line, flags, json) in [
-            ("check", "", false),
-            ("check -json", "", true),
-            ("check -listen :1 --json -wg-device wg7", "-listen :1 -wg-device wg7", true),
+        for (line, flags, given, json) in [
+            ("check", "", [false; 2], false),
+            ("check -json -wg-device wg7", "-wg-device wg7", [false, true], true),
+            ("check -listen 127.0.0.1:41194", "", [true, false], false),
         ] {
-            assert_eq!(parse_words(line), Ok(Command::Check { options: options(flags), json }));
+            let given = Given { listen: given[0], wg_device: given[1] };
+            let expected = Command::Check { options: options(flags), given, json };
+            assert_eq!(parse_words(line), Ok(expected));
         }
         assert_eq!(parse_words("check -help"), Ok(Command::Help));
     }
@@ -280,7 +308,9 @@ mod tests {
             ("-listen [localhost]:1", "is not an IPv6 address"),
             ("-listen host:http", "the port is not a number"),
             ("-listen :65536", "the port is not a number"),
-            ("-max-connections 0", "-max-connections: must be at least 1"),
+            ("-max-connections 0", "-max-connections: must be 1 to 65536"),
+            ("-max-connections 65537", "-max-connections: must be 1 to 65536"),
+            ("-max-connections 18446744073709551615", "-max-connections: must be 1 to 65536"),
             ("-max-connections many", "-max-connections many: "),
         ] {
             let error = parse_words(line).expect_err(line);

@@ -31,7 +31,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use cli::{Command, Options};
-use listener::{FrontDoor, Inner};
+use listener::{FrontDoor, Inner, InnerDirectory};
 use server::Server;
 
 /// Descriptors of one connection with a request under way: its socket, the connection to
@@ -90,8 +90,8 @@ pub fn run() -> ExitCode {
         Ok(Command::Help) => print(cli::HELP),
         Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::Serve(options)) => serve(options),
-        Ok(Command::Check { options, json }) => {
-            let report = check::run(&options);
+        Ok(Command::Check { options, given, json }) => {
+            let report = check::run(options, given);
             let printed = print(&if json { report.json() } else { report.to_string() });
             match printed {
                 Ok(()) => return ExitCode::from(report.exit_status()),
@@ -140,15 +140,17 @@ fn serve(options: Options) -> Result<(), Error> {
             let _ = kill(Pid::this(), Signal::SIGTERM);
         }
     };
-    let directory = runtime_directory();
-    let (inner, inner_listener) = Inner::open(&directory, failed.clone())
-        .map_err(|error| Error::Inner { directory, error })?;
+    let parent = runtime_directory();
+    let no_inner = |error| Error::Inner { directory: parent.clone(), error };
+    // Here and not in the threads that use it: it goes however this function ends.
+    let directory = InnerDirectory::below(&parent).map_err(no_inner)?;
+    let (inner, inner_listener) = Inner::open(&directory, failed.clone()).map_err(no_inner)?;
     let status = Arc::new(systemd::Status {
         url: format!("{}://{address}", if tls.is_some() { "https" } else { "http" }),
         device: options.wg_device.to_string(),
         openvpn: openvpn::OpenVpn::new(options.openvpn_dir.clone()),
     });
-    let inner_socket = inner.socket();
+    let inner_socket = inner.socket().to_owned();
     let alive = move |time| probe::unix(&inner_socket, Instant::now() + time).map(drop);
     let node = routes::Node {
         wireguard: wireguard::WireGuard::new(options.wg_device),
@@ -183,6 +185,7 @@ fn serve(options: Options) -> Result<(), Error> {
     }
     notifier.stopping();
     front_door.close();
+    drop(directory);
     http.stop();
     match gave_up.load(Ordering::Acquire) {
         true => Err(Error::HttpServer),

@@ -59,8 +59,8 @@ pub enum Answer {
     NoContent,
     /// A failure of the contract.
     Failure(Error),
-    /// 405: the path takes only these methods.
-    MethodNotAllowed(&'static str),
+    /// 405, with the value of its header `Allow`.
+    MethodNotAllowed(Error, &'static str),
 }
 
 impl Request {
@@ -102,14 +102,20 @@ pub fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
         ("POST", "/w/sync_peers") => sync_peers(node, request, body),
         ("POST", "/o/disconnect_client") => disconnect_client(node, request, body),
         (_, "/i/node" | "/w/peer_list" | "/o/connection_list") => {
-            return Answer::MethodNotAllowed("GET, HEAD");
+            return method_not_allowed(request, "GET, HEAD");
         }
         (_, "/w/add_peer" | "/w/remove_peer" | "/w/sync_peers" | "/o/disconnect_client") => {
-            return Answer::MethodNotAllowed("POST");
+            return method_not_allowed(request, "POST");
         }
         (_, path) => Err(Error::new(404, format!("there is no call {path}"))),
     };
     answer.unwrap_or_else(Answer::Failure)
+}
+
+fn method_not_allowed(request: &Request, allow: &'static str) -> Answer {
+    let methods = allow.replace(", ", " or ");
+    let error = Error::new(405, format!("{} takes only {methods}", request.path()));
+    Answer::MethodNotAllowed(error, allow)
 }
 
 fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {

@@ -10,7 +10,7 @@ use std::thread;
 use log::error;
 use tiny_http::{Header, Request, Response, StatusCode};
 
-use crate::api::{self, Error};
+use crate::api::Error;
 use crate::head;
 use crate::routes::{self, Answer, Node};
 
@@ -156,9 +156,8 @@ fn send(http: Request, answer: Answer) {
         Answer::Stream(body) => (200, Some((body.length(), Box::new(body) as _)), None),
         Answer::NoContent => (204, None, None),
         Answer::Failure(error) => (error.status, Some(bytes(error.body().into_bytes())), None),
-        Answer::MethodNotAllowed(methods) => {
-            let sentence = format!("this call takes {methods}");
-            (405, Some(bytes(api::error_body(&sentence).into_bytes())), Some(methods))
+        Answer::MethodNotAllowed(error, allow) => {
+            (error.status, Some(bytes(error.body().into_bytes())), Some(allow))
         }
     };
     let mut headers = vec![("Server", "vpn-daemon")];

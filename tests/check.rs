@@ -94,13 +94,23 @@ impl Installation {
         self.directory.path().join("openvpn")
     }
 
-    /// The checks of text and of JSON; the first words of `wrapper` run what follows.
+    /// With address and device; the first words of `wrapper` run what follows.
     fn check(&self, wrapper: &[&str], environment: &[(&str, &str)], flags: &[&str]) -> Checked {
+        let usual = ["-listen", "127.0.0.1:0", "-wg-device", &self.device.name];
+        self.check_with(wrapper, environment, &[&usual, flags].concat())
+    }
+
+    /// The checks of text and of JSON.
+    fn check_with(
+        &self,
+        wrapper: &[&str],
+        environment: &[(&str, &str)],
+        flags: &[&str],
+    ) -> Checked {
         let run = |format: &[&str]| {
             let mut words = wrapper.to_vec();
             let openvpn = self.openvpn();
             words.extend([env!("CARGO_BIN_EXE_vpn-daemon"), "check"]);
-            words.extend(["-listen", "127.0.0.1:0", "-wg-device", &self.device.name]);
             words.extend(["-openvpn-dir", openvpn.to_str().unwrap()]);
             words.extend(flags.iter().chain(format));
             let mut command = Command::new("timeout");
@@ -423,19 +433,70 @@ fn a_daemon_that_has_not_read_the_new_certificate() {
     checked.names(OK, "is held by vpn-daemon", "");
 }
 
+/// A /run of its own, with what the device's socket needs.
+const OWN_RUN: &str = "mount --bind /run/wireguard /mnt; mount -t tmpfs none /run; \
+                       mkdir /run/wireguard; mount --move /mnt /run/wireguard";
+
+/// Runs `"$@"` after a script in a mount namespace.
+fn after(script: &str) -> [String; 6] {
+    let script = format!("{script}; exec \"$@\"");
+    ["unshare", "--mount", "sh", "-ec", &script, "sh"].map(str::to_owned)
+}
+
+#[test]
+fn the_settings_of_the_service_count_where_no_flag_is_given() {
+    let installation = Installation::new();
+    let device = &installation.device.name;
+    let check = |default: &str, sysconfig: &str, flags: &[&str]| {
+        let words = after(&format!(
+            "mount -t tmpfs none /mnt; cp -a /etc /mnt; mount --bind /mnt/etc /etc; \
+             mkdir -p /etc/default /etc/sysconfig; rm -f /etc/default/vpn-daemon; \
+             printf '{default}' >/etc/default/vpn-daemon; \
+             printf '{sysconfig}' >/etc/sysconfig/vpn-daemon"
+        ));
+        installation.check_with(&words.each_ref().map(String::as_str), &[], flags)
+    };
+    let default = format!("# LISTEN=:1\\nLISTEN=127.0.0.1:0\\nWG_DEVICE=\"{device}\"\\n");
+    let checked = check(&default, "", &[]);
+    checked.names(OK, &format!("WG_DEVICE={device}, from /etc/default/vpn-daemon"), "");
+    checked.names(OK, "127.0.0.1:0 is free", "");
+    checked.names(OK, &format!("{device} (user space) has 0 peers"), "");
+    // Fedora's file comes second in the unit, and a flag before both.
+    let checked = check(&default, "WG_DEVICE=vd-other", &[]);
+    checked.names(PROBLEM, "vd-other does not exist", "ip link add vd-other");
+    let flags = ["-wg-device", device, "-listen", "127.0.0.1:0"];
+    let checked = check("LISTEN=:1\\n", "WG_DEVICE=vd-other\\n", &flags);
+    checked.names(OK, "127.0.0.1:0 is free", "");
+    assert!(!checked.text.contains("settings"), "{}", checked.text);
+    let checked = check(&default, "LISTEN=41194", &[]);
+    checked.names(PROBLEM, "LISTEN=41194 in /etc/sysconfig/vpn-daemon: has no port", "that line");
+}
+
+#[test]
+fn the_credentials_of_the_service_count_where_the_variable_is_not_set() {
+    let (installation, credentials) = (Installation::new(), Credentials::new());
+    let check = |who: &str| {
+        let words = after(&format!(
+            "{OWN_RUN}; mkdir -p /run/credentials/vpn-daemon.service; \
+             cp {}/ca.crt {0}/server.* /run/credentials/vpn-daemon.service/; \
+             chmod 500 /run/credentials/vpn-daemon.service; set -- {who} \"$@\"",
+            credentials.0.path().display()
+        ));
+        installation.check(&words.each_ref().map(String::as_str), &[], &[])
+    };
+    let checked = check("");
+    checked.names(OK, "credentials of the running service", "");
+    checked.names(OK, "certificate and key belong together", "");
+    check(&NOBODY.join(" ")).names(WARNING, "credentials that may not be read here", "sudo");
+}
+
 #[test]
 fn the_node() {
     let installation = Installation::new();
-    let shell = |script: &'static str| {
-        let script = format!("{script}; exec \"$@\"");
-        let words = ["unshare", "--mount", "sh", "-ec", &script, "sh"];
-        installation.check(&words, &[], &[])
-    };
-    // A /run of its own, without what the device's socket needs.
-    let checked = shell(
-        "mount --bind /run/wireguard /mnt; mount -t tmpfs none /run; mkdir /run/wireguard \
-         /run/vpn-daemon; mount --move /mnt /run/wireguard; touch /run/vpn-daemon/maintenance-mode",
-    );
+    let shell =
+        |script: &str| installation.check(&after(script).each_ref().map(String::as_str), &[], &[]);
+    let checked =
+        shell(&format!("{OWN_RUN}; mkdir /run/vpn-daemon; touch /run/vpn-daemon/maintenance-mode"));
     checked.names(WARNING, "in maintenance", "rm /run/vpn-daemon/maintenance-mode");
     let checked = shell("mount -t tmpfs none /proc");
     checked.names(WARNING, "/proc/loadavg cannot be read", "ProcSubset=all");

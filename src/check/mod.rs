@@ -4,6 +4,7 @@
 mod address;
 mod node;
 mod openvpn;
+mod settings;
 mod shown;
 mod tls;
 mod wireguard;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::cli::{self, Options};
+use crate::cli::{Given, Options};
 
 /// For everything: what has not come by then is a problem of its own.
 const PATIENCE: Duration = Duration::from_secs(9);
@@ -72,27 +73,30 @@ impl Entry {
     }
 }
 
-/// Looks at what a daemon with these options and this environment needs, within ten seconds.
-pub fn run(options: &Options) -> Report {
-    type Look = fn(&Options) -> Vec<Entry>;
+/// Looks at what a daemon with these options and this environment needs, within ten seconds. What
+/// was not `given` is as the service has it.
+pub fn run(mut options: Options, given: Given) -> Report {
+    type Look = fn(&Options, Option<&Path>) -> Vec<Entry>;
     let looks: [(&str, Look); 5] = [
-        ("address", |options| {
-            address::look(&options.listen, cli::credentials_directory().as_deref())
-        }),
-        ("TLS", |options| tls::look(&options.listen, cli::credentials_directory().as_deref())),
-        ("WireGuard", |options| wireguard::look(&options.wg_device)),
-        ("OpenVPN", |options| openvpn::look(&options.openvpn_dir)),
-        ("node", |options| node::look(options.max_connections)),
+        ("address", |options, credentials| address::look(&options.listen, credentials)),
+        ("TLS", |options, credentials| tls::look(&options.listen, credentials)),
+        ("WireGuard", |options, _| wireguard::look(&options.wg_device)),
+        ("OpenVPN", |options, _| openvpn::look(&options.openvpn_dir)),
+        ("node", |options, _| node::look(options.max_connections)),
     ];
+    let mut entries = settings::apply(&mut options, given);
+    let (credentials, found) = settings::credentials();
+    entries.extend(found);
     let end = Instant::now() + PATIENCE;
     let looks = looks.map(|(subject, look)| {
         let (sender, receiver) = mpsc::sync_channel(1);
-        let options = options.clone();
+        let (options, credentials) = (options.clone(), credentials.clone());
+        let look = move || look(&options, credentials.as_deref());
         // Nobody is there to receive when the look came too late.
-        let thread = thread::Builder::new().spawn(move || drop(sender.send(look(&options))));
+        let thread = thread::Builder::new().spawn(move || drop(sender.send(look())));
         (subject, thread.map(|_| receiver))
     });
-    let entries = looks.into_iter().flat_map(|(subject, receiver)| match receiver {
+    entries.extend(looks.into_iter().flat_map(|(subject, receiver)| match receiver {
         Ok(receiver) => {
             let left = end.saturating_duration_since(Instant::now());
             receiver.recv_timeout(left).unwrap_or_else(|_| {
@@ -106,8 +110,8 @@ pub fn run(options: &Options) -> Report {
             let seen = format!("not looked at: no thread could be started: {error}");
             vec![Entry::problem(subject, seen, "ulimit -u; systemd: TasksMax=")]
         }
-    });
-    Report(entries.collect())
+    }));
+    Report(entries)
 }
 
 impl Report {

@@ -8,8 +8,7 @@ use crate::cli::ListenAddress;
 use crate::rfc3339;
 use crate::tls::{self, CA_CERTIFICATES, Error, Finding, Problem, SERVER_KEY, Severity};
 
-/// Where systemd puts the credentials of the service (systemd.exec(5)).
-const OF_THE_SERVICE: &str = "/run/credentials/vpn-daemon.service";
+use super::settings::OF_THE_SERVICE;
 
 const SUBJECT: &str = "TLS";
 
@@ -49,11 +48,10 @@ pub(super) fn look(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entr
 fn plain(listen: &ListenAddress) -> Entry {
     if Path::new(OF_THE_SERVICE).exists() {
         let seen = format!(
-            "CREDENTIALS_DIRECTORY is not set here, but the service has credentials: they were \
-             not looked at ({OF_THE_SERVICE})"
+            "the service has credentials that may not be read here, and were not looked at: \
+             {OF_THE_SERVICE}"
         );
-        let remedy = format!("CREDENTIALS_DIRECTORY={OF_THE_SERVICE} vpn-daemon check");
-        return Entry::warning(SUBJECT, seen, remedy);
+        return Entry::warning(SUBJECT, seen, "sudo vpn-daemon check");
     }
     if address::is_local(listen) {
         return Entry::ok(SUBJECT, "plain HTTP, reachable only from this host");

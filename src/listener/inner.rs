@@ -1,5 +1,6 @@
 //! The way from the front door to tiny_http: a private Unix socket and the connections to it.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,9 +18,32 @@ const PROOF_TIME: Duration = Duration::from_secs(1);
 /// Connections kept for the next request once the rush is over.
 const KEPT: usize = 4;
 
-/// A directory of mode 0700 that holds the inner socket; removed when dropped.
+/// A directory of mode 0700 for the inner socket; removed when dropped, and the socket with it.
+pub struct InnerDirectory(PathBuf);
+
+impl InnerDirectory {
+    /// Makes it below `parent`.
+    pub fn below(parent: &Path) -> io::Result<Self> {
+        Ok(Self(mkdtemp(&parent.join("vpn-daemon.XXXXXX"))?))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("http.sock")
+    }
+}
+
+impl Drop for InnerDirectory {
+    fn drop(&mut self) {
+        // Not `remove_dir_all`, which fails when the process is out of descriptors. Nobody is left
+        // to tell of an error.
+        let _ = fs::remove_file(self.socket());
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The inner socket and the connections to it that wait for a request.
 pub struct Inner {
-    directory: PathBuf,
+    socket: PathBuf,
     idle: Mutex<Idle>,
     /// Held while a new connection is proven.
     connecting: Mutex<()>,
@@ -35,27 +59,25 @@ struct Idle {
 }
 
 impl Inner {
-    /// Makes the directory below `parent` and listens in it. `gone` is called when nobody
-    /// listens any more: tiny_http's accepting thread panics when it runs out of descriptors or
-    /// threads, and tells nobody.
+    /// Listens in the directory. `gone` is called when nobody listens any more: tiny_http's
+    /// accepting thread panics when it runs out of descriptors or threads, and tells nobody.
     pub fn open(
-        parent: &Path,
+        directory: &InnerDirectory,
         gone: impl Fn(&io::Error) + Send + Sync + 'static,
     ) -> io::Result<(Self, UnixListener)> {
-        let directory = mkdtemp(&parent.join("vpn-daemon.XXXXXX"))?;
         let inner = Self {
-            directory,
+            socket: directory.socket(),
             idle: Mutex::default(),
             connecting: Mutex::default(),
             gone: Box::new(gone),
         };
-        let listener = UnixListener::bind(inner.socket())?;
+        let listener = UnixListener::bind(&inner.socket)?;
         Ok((inner, listener))
     }
 
     /// Where tiny_http listens.
-    pub fn socket(&self) -> PathBuf {
-        self.directory.join("http.sock")
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// A connection without a request under way.
@@ -100,7 +122,7 @@ impl Inner {
     }
 
     fn connect(&self) -> io::Result<UnixStream> {
-        UnixStream::connect(self.socket()).inspect_err(|error| {
+        UnixStream::connect(&self.socket).inspect_err(|error| {
             if error.kind() == io::ErrorKind::ConnectionRefused {
                 (self.gone)(error);
             }
@@ -129,20 +151,8 @@ impl Inner {
         kept <= KEPT
     }
 
-    /// Removes the directory: nobody connects any more.
-    pub(super) fn remove(&self) {
-        // At the end of the process there is nobody left to tell of an error.
-        let _ = std::fs::remove_dir_all(&self.directory);
-    }
-
     fn idle(&self) -> std::sync::MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.remove();
     }
 }
 
@@ -153,16 +163,18 @@ mod tests {
 
     #[test]
     fn nobody_else_gets_in_and_nothing_stays() {
-        let (inner, _listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
-        let directory = inner.directory.clone();
-        assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o7777, 0o700);
-        drop(inner);
-        assert!(!directory.exists());
+        let directory = InnerDirectory::below(&std::env::temp_dir()).unwrap();
+        let path = directory.0.clone();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o700);
+        let _inner = Inner::open(&directory, |_| {}).unwrap();
+        drop(directory);
+        assert!(!path.exists());
     }
 
     #[test]
     fn what_nobody_needed_is_closed() {
-        let (inner, listener) = Inner::open(&std::env::temp_dir(), |_| {}).unwrap();
+        let directory = InnerDirectory::below(&std::env::temp_dir()).unwrap();
+        let (inner, listener) = Inner::open(&directory, |_| {}).unwrap();
         let serve = move || {
             let mut kept = Vec::new();
             while let Ok((mut stream, _)) = listener.accept() {

@@ -21,7 +21,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
-pub use inner::Inner;
+pub use inner::{Inner, InnerDirectory};
 use relay::{Client, Stream};
 use table::{Place, Table};
 
@@ -132,7 +132,6 @@ impl FrontDoor {
             let _ = self.accepting.join();
         }
         self.shared.table.wait_until_empty(STOP_TIME);
-        self.shared.inner.remove();
     }
 }
 
@@ -165,6 +164,10 @@ fn accept_loop(listener: &TcpListener, shared: &Arc<Shared>, stop: &EventFd) {
                     }
                 }
                 Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => {
+                    // The end does not wait for long until something is free.
+                    if shared.table.is_stopping() {
+                        last = last.saturating_sub(LAST / 8);
+                    }
                     shared.relieve("cannot accept a connection", &error);
                     // What was closed is free once its threads have noticed.
                     thread::sleep(Duration::from_millis(20));
@@ -288,6 +291,10 @@ impl Stream for Plain {
         // An error means that the client was faster.
         let _ = self.0.shutdown(std::net::Shutdown::Write);
     }
+
+    fn finish_at_once(&mut self) {
+        self.finish();
+    }
 }
 
 /// A TLS connection after its handshake.
@@ -315,5 +322,11 @@ impl Stream for Tunnel {
         // An error means that the client was faster.
         let _ = io::Write::flush(&mut self.0);
         self.0.sock.finish();
+    }
+
+    fn finish_at_once(&mut self) {
+        if self.0.sock.0.set_nonblocking(true).is_ok() {
+            self.finish();
+        }
     }
 }

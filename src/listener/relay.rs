@@ -18,9 +18,9 @@ const HEAD_TIME: Duration = Duration::from_secs(10);
 const BODY_TIME: Duration = Duration::from_secs(20);
 /// Without a byte, before and between requests.
 const IDLE_TIME: Duration = Duration::from_secs(60);
-/// From the end of the request until the client has taken the whole answer: 3 s for the daemon,
-/// 20 s for the client.
-const ANSWER_TIME: Duration = Duration::from_secs(23);
+/// From the end of the request until the client has taken the whole answer. The daemon has it after
+/// 3 s.
+const ANSWER_TIME: Duration = Duration::from_secs(20);
 /// For a client that was refused to read why, before the connection is cut.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
 
@@ -37,6 +37,9 @@ const PIECE: usize = 16 * 1024;
 pub(super) trait Stream: Read + Write {
     /// Tells the client that nothing more comes. Reading goes on.
     fn finish(&mut self);
+
+    /// The same without waiting, and without reading on: the client may miss it.
+    fn finish_at_once(&mut self);
 }
 
 /// Who is at the other end.
@@ -68,18 +71,23 @@ impl<S: Stream> Relay<'_, S> {
         let mut waiting = Phase::Arriving;
         loop {
             if self.buffer.is_empty() {
-                self.enter(waiting, IDLE_TIME)?;
-                if self.receive(PIECE)? == 0 {
+                let received = self.enter(waiting, IDLE_TIME).and_then(|()| self.receive(PIECE));
+                // Over TLS an error as well: the place is lost, or the client has gone silently.
+                if !matches!(received, Ok(1..)) {
                     return self.leave();
                 }
             }
             let head = match self.read_head()? {
                 Ok(head) => head,
-                Err(refusal) => return self.refuse(refusal.status, refusal.reason),
+                Err(refusal) => {
+                    let is_head = self.buffer.trim_ascii_start().starts_with(b"HEAD ");
+                    return self.refuse(refusal.status, refusal.reason, is_head);
+                }
             };
             self.read_whole_body(&head)?;
             if self.place.over_limit {
-                return self.refuse(503, "the connection limit is reached; try again");
+                let sentence = "the connection limit is reached; try again";
+                return self.refuse(503, sentence, head.is_head);
             }
             if !self.answer(&head)? {
                 return self.leave();
@@ -165,7 +173,8 @@ impl<S: Stream> Relay<'_, S> {
             Ok(inner) => inner,
             Err(error) => {
                 error!("no connection to the HTTP server: {error}");
-                self.refuse(503, "the daemon has run out of resources; try again")?;
+                let sentence = "the daemon has run out of resources; try again";
+                self.refuse(503, sentence, head.is_head)?;
                 return Ok(false);
             }
         };
@@ -181,7 +190,8 @@ impl<S: Stream> Relay<'_, S> {
                 error!("the HTTP server gave no answer: {error}");
                 drop(inner);
                 self.inner.probe();
-                self.refuse(500, "internal error; see the log of the daemon")?;
+                let sentence = "internal error; see the log of the daemon";
+                self.refuse(500, sentence, head.is_head)?;
                 return Ok(false);
             }
         };
@@ -221,25 +231,31 @@ impl<S: Stream> Relay<'_, S> {
     }
 
     /// Answers with an error and ends the connection; what else the client sends is thrown away.
-    fn refuse(&mut self, status: u16, sentence: &str) -> io::Result<()> {
+    fn refuse(&mut self, status: u16, sentence: &str, is_head: bool) -> io::Result<()> {
         let body = error_body(sentence);
         let reason = tiny_http::StatusCode(status).default_reason_phrase();
-        let answer = format!(
+        let mut answer = format!(
             "HTTP/1.1 {status} {reason}\r\nServer: vpn-daemon\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\
-             Connection: close\r\n\r\n{body}",
+             Connection: close\r\n\r\n",
             body.len()
         );
+        if !is_head {
+            answer.push_str(&body);
+        }
         self.enter(Phase::Arriving, FAREWELL_TIME)?;
         self.stream.write_all(answer.as_bytes())?;
         self.stream.flush()?;
         self.leave()
     }
 
-    /// Closes the connection once the client has read its answer.
+    /// Closes the connection once the client has read its answer, or at once where its place is
+    /// lost.
     fn leave(&mut self) -> io::Result<()> {
-        self.enter(Phase::Arriving, FAREWELL_TIME)?;
-        farewell(self.stream);
+        match self.enter(Phase::Arriving, FAREWELL_TIME) {
+            Ok(()) => farewell(self.stream),
+            Err(_) => self.stream.finish_at_once(),
+        }
         Ok(())
     }
 }
@@ -322,4 +338,71 @@ impl AnswerHead {
 fn usize_of(length: u64) -> usize {
     // The front door lets at most 32 MiB through.
     usize::try_from(length).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{inner::InnerDirectory, table::Table};
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
+
+    /// A client that asks once, and how long it may take over the answer when that comes.
+    struct Asker<'a> {
+        request: &'a [u8],
+        place: &'a Place,
+        time: Option<Duration>,
+    }
+
+    impl Read for Asker<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.request.read(buffer)
+        }
+    }
+
+    impl Write for Asker<'_> {
+        fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+            let left = self.place.deadline().saturating_duration_since(Instant::now());
+            self.time.get_or_insert(left);
+            Ok(buffer.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Stream for Asker<'_> {
+        fn finish(&mut self) {}
+
+        fn finish_at_once(&mut self) {}
+    }
+
+    #[test]
+    fn an_answer_is_to_be_taken_within_20_s_of_the_request() {
+        let directory = InnerDirectory::below(&std::env::temp_dir()).unwrap();
+        let (inner, listener) = Inner::open(&directory, |_| {}).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 1024];
+            while matches!(stream.read(&mut request), Ok(1..)) {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+            }
+        });
+        let outer = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(outer.local_addr().unwrap()).unwrap();
+        let place = Table::new(1).admit(Arc::new(socket), Instant::now() + IDLE_TIME);
+        let request = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n";
+        let mut asker = Asker { request, place: &place, time: None };
+        let client = Client { address: String::new(), name: None };
+        let mut relay = Relay {
+            stream: &mut asker,
+            place: &place,
+            inner: &inner,
+            client: &client,
+            buffer: vec![],
+        };
+        relay.run().unwrap();
+        assert!(asker.time.unwrap() <= Duration::from_secs(20), "{:?}", asker.time);
+    }
 }

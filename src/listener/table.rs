@@ -14,6 +14,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// How long a connection without a request yet may still send one when the daemon stops.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
+/// For an idle connection that is closed to tell the client so.
+const GOODBYE_TIME: Duration = Duration::from_secs(2);
+
 /// What a connection is doing. Only one with a request under way keeps its place when the
 /// connection limit is reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,10 +56,17 @@ struct Slot {
 
 impl Slot {
     fn close(&mut self) {
+        let how = if self.phase == Phase::Idle && !self.closed {
+            // It only reads, and may still say that this is the end.
+            self.deadline = Instant::now() + GOODBYE_TIME;
+            Shutdown::Read
+        } else {
+            Shutdown::Both
+        };
         self.closed = true;
         // Wakes the connection's thread, whatever it waits for. An error means that the client
         // was faster.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.stream.shutdown(how);
     }
 
     fn is_waiting(&self) -> bool {
@@ -149,8 +159,8 @@ impl Table {
             }
             let now = Instant::now();
             let grace_is_over = state.stop_at.is_some_and(|at| now >= at + STOP_GRACE);
-            for slot in state.slots.values_mut().filter(|slot| !slot.closed) {
-                if now >= slot.deadline || (grace_is_over && slot.phase != Phase::UnderWay) {
+            for slot in state.slots.values_mut() {
+                if now >= slot.deadline || (grace_is_over && slot.is_waiting()) {
                     slot.close();
                 }
             }
@@ -191,15 +201,20 @@ impl Place {
         let Some(slot) = state.slots.get_mut(&self.id).filter(|slot| !slot.closed) else {
             return false;
         };
-        if stopping && phase == Phase::Idle {
-            slot.close();
-            return false;
-        }
         if slot.phase != phase || phase == Phase::Idle {
             slot.since = Instant::now();
         }
         (slot.phase, slot.deadline) = (phase, deadline);
+        if stopping && phase == Phase::Idle {
+            slot.close();
+            return false;
+        }
         true
+    }
+
+    #[cfg(test)]
+    pub(super) fn deadline(&self) -> Instant {
+        self.table.lock().slots[&self.id].deadline
     }
 }
 
@@ -281,14 +296,19 @@ mod tests {
     fn stopping_closes_the_idle_and_waits_for_the_others() {
         let (pairs, table) = (Pairs::new(), Table::new(9));
         let later = Instant::now() + Duration::from_secs(60);
-        let (mut idle_client, server) = pairs.next();
-        let idle = table.admit(server, later);
+        let (mut idle_client, idle_server) = pairs.next();
+        let idle = table.admit(Arc::clone(&idle_server), later);
         assert!(idle.enter(Phase::Idle, later));
         let (mut busy_client, server) = pairs.next();
         let busy = table.admit(server, later);
         assert!(busy.enter(Phase::UnderWay, later));
         table.begin_stop();
-        assert!(is_closed(&mut idle_client) && !is_closed(&mut busy_client));
+        assert_eq!(idle_server.as_ref().read(&mut [0]).unwrap(), 0, "its thread is woken");
+        assert!(!is_closed(&mut idle_client) && !is_closed(&mut busy_client));
+        let watched = Arc::clone(&table);
+        std::thread::spawn(move || watched.watch_deadlines(|| true));
+        idle_client.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        assert_eq!(idle_client.read(&mut [0]).unwrap(), 0, "closed although its thread hangs");
         drop(idle);
         assert!(!busy.enter(Phase::Idle, later), "nobody is kept after the answer");
         table.wait_until_empty(Duration::ZERO);

@@ -1,14 +1,17 @@
 //! Its directory, its signals, its end.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use super::common::{Answer, Daemon};
-use super::{CONNECTIONS, Connection, NODE, Site, hang, names};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+use super::common::{Answer, Daemon, TempDir};
+use super::{CONNECTIONS, Connection, NODE, Site, hang, limit_open_files, names};
 
 #[test]
 fn the_inner_socket_is_private_and_goes_with_the_daemon() {
@@ -42,6 +45,28 @@ fn the_inner_socket_is_private_and_goes_with_the_daemon() {
     assert_eq!(names(daemon.directory()), [""; 0]);
 }
 
+/// With so few descriptors the start fails, at one step after another.
+#[test]
+fn a_start_that_fails_leaves_nothing() {
+    let mut failed = 0;
+    for files in 3..=10 {
+        let directory = TempDir::new("start");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"));
+        command.args(["-listen", "127.0.0.1:0"]).env_remove("CREDENTIALS_DIRECTORY");
+        command.env("RUNTIME_DIRECTORY", directory.path());
+        limit_open_files(&mut command, files);
+        let mut daemon = command.stderr(Stdio::piped()).spawn().unwrap();
+        for line in BufReader::new(daemon.stderr.take().unwrap()).lines() {
+            if line.unwrap().contains("listening on") {
+                signal::kill(Pid::from_raw(daemon.id().cast_signed()), Signal::SIGTERM).unwrap();
+            }
+        }
+        failed += u32::from(daemon.wait().unwrap().code() == Some(1));
+        assert_eq!(names(directory.path()), [""; 0], "{files}");
+    }
+    assert!(failed >= 3, "{failed}");
+}
+
 #[test]
 fn what_is_under_way_is_answered_before_the_end() {
     for mut site in Site::both(&[]) {
@@ -56,8 +81,8 @@ fn what_is_under_way_is_answered_before_the_end() {
         let address = site.daemon.address;
         site.daemon.signal("TERM");
         site.daemon.wait_for_log("stopping");
-        // In TLS without a word: nothing is cut short.
-        assert_eq!(idle.read(&mut [0]).unwrap_or(0), 0);
+        // rustls reports an end without close_notify as an error.
+        idle.ends();
         let answer = Answer::read(&mut *busy, false).unwrap();
         assert_eq!(answer.status, 504, "{answer:?}");
         assert_eq!(answer.header("Connection"), Some("close"));
@@ -79,6 +104,24 @@ fn the_end_waits_for_nobody_who_has_not_asked() {
     daemon.signal("INT");
     assert_eq!(daemon.wait().code(), Some(0));
     drop((silent, half, closing));
+}
+
+/// Whoever is still queued then waits for the next process, or is told by a reset.
+#[test]
+fn out_of_descriptors_it_ends_all_the_same() {
+    let mut daemon = Daemon::start(&[]);
+    let arguments = ["--pid", &daemon.pid().to_string(), "-n3:"];
+    assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
+    let queued: Vec<_> = (0..4).map(|_| daemon.connect()).collect();
+    daemon.wait_for_log("cannot accept a connection");
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0));
+    // It says so once a second while it waits for descriptors.
+    let log = daemon.log();
+    let tries = log.iter().skip_while(|line| !line.contains("SIGTERM: stopping"));
+    assert!(tries.filter(|line| line.contains("cannot accept")).count() < 4, "{log:#?}");
+    assert_eq!(names(daemon.directory()), [""; 0]);
+    drop(queued);
 }
 
 /// When tiny_http runs out of descriptors it may stop accepting, with an error or a panic. The

@@ -168,6 +168,11 @@ fn over_the_limit_is_503_and_only_then() {
         assert_eq!(answer.status, 503, "{answer:?}");
         assert!(answer.error().contains("connection limit"));
         newcomer.ends();
+        // What is asked with HEAD has no body, whatever the answer.
+        let mut newcomer = site.connect();
+        let answer = newcomer.ask(&NODE.replace("GET", "HEAD"));
+        assert_eq!((answer.status, answer.body.as_str()), (503, ""));
+        newcomer.ends();
         // A body is read first, or the client would lose the answer.
         assert_eq!(site.ask(&post("/w/add_peer", &"a".repeat(60_000))).status, 503);
         for mut connection in busy {
@@ -175,6 +180,15 @@ fn over_the_limit_is_503_and_only_then() {
             assert_eq!(answer.status, 504, "{answer:?}");
         }
         site.serves();
+    }
+}
+
+#[test]
+fn idle_connections_end_in_order_when_they_make_room() {
+    for site in Site::both(&["-max-connections", "2"]) {
+        let mut idle: Vec<_> = (0..4).map(|_| hold_open(&site, Mood::Idle)).collect();
+        idle[0].ends();
+        idle[1].ends();
     }
 }
 
@@ -236,7 +250,7 @@ fn without_descriptors_the_waiting_make_room() {
     drop(idle);
 }
 
-/// 10 s for a head, 20 s for a body, 60 s idle, about 20 s to take an answer: all at once.
+/// 10 s for a head, 20 s for a body, 60 s idle, 20 s to take an answer: all at once.
 #[test]
 fn slow_clients_run_out_of_time() {
     let site = Site::plain(&[]);

@@ -66,8 +66,8 @@ const TABLE: &[(&str, u16, &str)] = &[
     ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length:\r\n\r\n", 400, "decimal"),
     (
         "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 99999999999999999999\r\n\r\n",
-        400,
-        "range",
+        413,
+        "64 KiB",
     ),
     (
         "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 100000000000000\r\n\r\n",
@@ -129,6 +129,24 @@ fn what_two_readers_could_read_differently_is_refused() {
 }
 
 #[test]
+fn a_refused_head_request_is_answered_without_a_body() {
+    for site in Site::both(&[]) {
+        for request in
+            [NODE.replace("Host", "X : a\r\nHost"), format!("\r\n{NODE}").replace("Host", "X")]
+        {
+            let mut connection = site.connect();
+            let request = request.replace("GET", "HEAD");
+            connection.write_all(request.as_bytes()).unwrap();
+            connection.flush().unwrap();
+            let answer = Answer::read(&mut *connection, true).unwrap();
+            assert_eq!(answer.status, 400, "{request:?}");
+            assert!(answer.header("Content-Length").unwrap().parse::<u32>().unwrap() > 2);
+            connection.ends();
+        }
+    }
+}
+
+#[test]
 fn a_refused_request_ends_a_connection_that_served_others() {
     for site in Site::both(&[]) {
         let mut connection = site.connect();
@@ -185,6 +203,11 @@ fn statuses_of_requests_that_get_through() {
         assert_eq!(answer.status, status, "{request:?}: {answer:?}");
         assert!(!answer.error().is_empty());
         assert_eq!(answer.header("Allow"), allow, "{request:?}");
+        if let Some(methods) = allow {
+            let path = request.split(' ').nth(1).unwrap();
+            let sentence = format!("{path} takes only {}", methods.replace(", ", " or "));
+            assert_eq!(answer.error(), sentence);
+        }
         assert_eq!(connection.ask(NODE).status, 200, "after {request:?}");
     }
 }

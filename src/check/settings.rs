@@ -1,0 +1,136 @@
+//! The settings of the service, for what no flag and no variable says: so that the same is checked
+//! that the service uses.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use super::Entry;
+use crate::cli::{self, Given, Options};
+
+/// `EnvironmentFile=` of the unit: what the second one sets counts.
+const FILES: [&str; 2] = ["/etc/default/vpn-daemon", "/etc/sysconfig/vpn-daemon"];
+
+/// Where systemd puts the credentials of the service (systemd.exec(5)).
+pub(super) const OF_THE_SERVICE: &str = "/run/credentials/vpn-daemon.service";
+
+/// Far more than anybody writes into such a file.
+const MAX_FILE: u64 = 64 * 1024;
+
+const SUBJECT: &str = "settings";
+
+/// Puts into `options` what the files set, and says so.
+pub(super) fn apply(options: &mut Options, given: Given) -> Vec<Entry> {
+    FILES.iter().flat_map(|file| apply_file(file, options, given)).collect()
+}
+
+fn apply_file(file: &str, options: &mut Options, given: Given) -> Vec<Entry> {
+    let text = match read(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return vec![],
+        Err(error) => {
+            let seen = format!("{file} cannot be read ({error}): what it sets is not known");
+            return vec![Entry::warning(SUBJECT, seen, "sudo vpn-daemon check")];
+        }
+    };
+    let mut entries = Vec::new();
+    if !given.wg_device {
+        entries.extend(take(file, &text, "WG_DEVICE", &mut options.wg_device));
+    }
+    if !given.listen {
+        entries.extend(take(file, &text, "LISTEN", &mut options.listen));
+    }
+    entries
+}
+
+fn take<T>(file: &str, text: &str, variable: &str, option: &mut T) -> Option<Entry>
+where
+    T: FromStr<Err: std::fmt::Display>,
+{
+    let value = value(text, variable)?;
+    Some(match value.parse() {
+        Ok(parsed) => {
+            *option = parsed;
+            Entry::ok(SUBJECT, format!("{variable}={value}, from {file}"))
+        }
+        Err(error) => Entry::problem(
+            SUBJECT,
+            format!("{variable}={value} in {file}: {error}"),
+            "mend that line, then: systemctl restart vpn-daemon",
+        ),
+    })
+}
+
+fn read(file: impl AsRef<Path>) -> io::Result<String> {
+    // Looked at before it is opened: opening a pipe waits for a writer.
+    if !fs::metadata(&file)?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut text = Vec::new();
+    File::open(file)?.take(MAX_FILE).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The value of a variable in an `EnvironmentFile=` (systemd.exec(5)), for values without
+/// backslashes and line feeds.
+fn value<'a>(text: &'a str, variable: &str) -> Option<&'a str> {
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with(['#', ';']));
+    let mut values = lines
+        .filter_map(|line| line.split_once('='))
+        .filter(|(name, _)| name.trim() == variable)
+        .map(|(_, value)| value.trim());
+    let value = values.next_back()?;
+    let quoted = |quote| value.strip_prefix(quote)?.strip_suffix(quote);
+    Some(quoted('"').or_else(|| quoted('\'')).unwrap_or(value))
+}
+
+/// Those of the environment, else those of the running service where this process may list them.
+pub(super) fn credentials() -> (Option<PathBuf>, Option<Entry>) {
+    if let Some(directory) = cli::credentials_directory() {
+        return (Some(directory), None);
+    }
+    match fs::read_dir(OF_THE_SERVICE) {
+        Ok(_) => {
+            let seen = format!("credentials of the running service, from {OF_THE_SERVICE}");
+            (Some(Path::new(OF_THE_SERVICE).to_owned()), Some(Entry::ok(SUBJECT, seen)))
+        }
+        Err(_) => (None, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::stat::Mode;
+    use nix::unistd::{mkdtemp, mkfifo};
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let directory = mkdtemp(&std::env::temp_dir().join("vpn-daemon.XXXXXX")).unwrap();
+        let pipe = directory.join("pipe");
+        mkfifo(&pipe, Mode::S_IRUSR).unwrap();
+        assert_eq!(read(&pipe).unwrap_err().to_string(), "it is no regular file");
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn values_are_read_as_systemd_reads_them() {
+        for (text, expected) in [
+            ("", None),
+            ("# LISTEN=:1\n ;LISTEN=:2\nLISTEN\nXLISTEN=:3\n", None),
+            ("LISTEN=:1", Some(":1")),
+            ("LISTEN=:1\nLISTEN=:2\n", Some(":2")),
+            ("\t LISTEN = :1 \r\n", Some(":1")),
+            ("LISTEN=\"[::1]:1\"\n", Some("[::1]:1")),
+            ("LISTEN=':1'\n", Some(":1")),
+            ("LISTEN=\":1'\n", Some("\":1'")),
+            ("LISTEN=\"\n", Some("\"")),
+            ("LISTEN=\n", Some("")),
+            // Part of the value, and the service fails on it.
+            ("LISTEN=:1 # all", Some(":1 # all")),
+        ] {
+            assert_eq!(value(text, "LISTEN"), expected, "{text:?}");
+        }
+    }
+}
