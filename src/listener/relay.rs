@@ -198,20 +198,21 @@ impl<S: Stream> Relay<'_, S> {
         let keep = head.keep_alive && !self.place.is_stopping();
         let mut piece = answer.outer_head(head, keep);
         piece.extend(answer.body_start);
-        let mut left = answer.body_left;
+        let (mut filled, mut left) = (piece.len(), answer.body_left);
         while left > 0 {
-            self.stream.write_all(&piece)?;
-            piece.resize(left.min(4 * PIECE), 0);
-            let count = inner.read(&mut piece)?;
-            if count == 0 {
+            self.stream.write_all(piece.get(..filled).unwrap_or_default())?;
+            let limit = left.min(4 * PIECE);
+            // It grows once: zeros for each piece would be more work than the piece.
+            piece.resize(piece.len().max(limit), 0);
+            filled = inner.read(piece.get_mut(..limit).unwrap_or_default())?;
+            if filled == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            piece.truncate(count);
-            left -= count;
+            left -= filled;
         }
         // Over the rest the client may take its time.
         self.inner.give_back(inner);
-        self.stream.write_all(&piece)?;
+        self.stream.write_all(piece.get(..filled).unwrap_or_default())?;
         self.stream.flush()?;
         Ok(keep)
     }
