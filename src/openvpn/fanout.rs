@@ -1,8 +1,10 @@
-//! Asks many management sockets at once: one poll loop on the caller's thread, one deadline.
+//! Asks many management sockets at once: a poll loop on each CPU, one deadline.
 
 use std::os::unix::net::UnixStream;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -29,6 +31,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// Bytes read from one socket before the next one has its turn: a usual reply at one go.
 const READ_SIZE: usize = 64 * 1024;
 
+/// Fewest sockets that a further thread is started for.
+const SHARE: usize = 8;
+
 /// Ready sockets served before the clock is looked at again.
 const EVENTS: usize = 64;
 
@@ -40,25 +45,59 @@ pub(super) struct Outcome<D> {
     pub(super) result: Result<(), SocketError>,
 }
 
-/// Has the conversation `new()` with each socket, all at once, until `deadline`. Fails only
-/// when the system has no descriptors left to wait with.
-pub(super) fn ask<D: Dialogue>(
+/// Has the conversation `new()` with each socket, all at once, until `deadline`, on up to `cpus`
+/// threads. Outcomes have the order of the sockets. Fails only when the system has no
+/// descriptors left to wait with.
+pub(super) fn ask<D: Dialogue + Send>(
     turns: &Turns,
-    sockets: Vec<PathBuf>,
+    sockets: &[PathBuf],
+    new: impl Fn() -> D + Sync,
+    deadline: Instant,
+    cpus: usize,
+) -> Result<Vec<Outcome<D>>, Errno> {
+    let threads = sockets.len().div_ceil(SHARE).clamp(1, cpus.max(1));
+    let (own, others) = sockets.split_at(sockets.len().div_ceil(threads));
+    let budget = deadline.saturating_duration_since(Instant::now());
+    let converse = |share: &[PathBuf]| converse(turns, share, &new, deadline, budget);
+    thread::scope(|scope| {
+        let others: Vec<_> = others
+            .chunks(own.len().max(1))
+            .map(|share| {
+                let thread = thread::Builder::new().name("openvpn".to_owned());
+                (share, thread.spawn_scoped(scope, move || converse(share)))
+            })
+            .collect();
+        let mut outcomes = converse(own)?;
+        for (share, thread) in others {
+            match thread.map(ScopedJoinHandle::join) {
+                Ok(Ok(more)) => outcomes.extend(more?),
+                Ok(Err(panic)) => resume_unwind(panic),
+                // Out of threads. After the own share little time may be left.
+                Err(_) => outcomes.extend(converse(share)?),
+            }
+        }
+        Ok(outcomes)
+    })
+}
+
+/// Has the conversations of one thread.
+fn converse<D: Dialogue>(
+    turns: &Turns,
+    sockets: &[PathBuf],
     new: impl Fn() -> D,
     deadline: Instant,
+    budget: Duration,
 ) -> Result<Vec<Outcome<D>>, Errno> {
-    let budget = deadline.saturating_duration_since(Instant::now());
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let waker = Arc::new(Waker::new()?);
     epoll.add(&*waker, EpollEvent::new(EpollFlags::EPOLLIN, WAKER))?;
     let mut calls: Vec<Call<'_, D>> = sockets
-        .into_iter()
+        .iter()
         .enumerate()
         .map(|(index, socket)| Call {
-            phase: Phase::Waiting(turns.queue(&socket, &waker, index)),
+            phase: Phase::Waiting(turns.queue(socket, &waker, index)),
             conversation: Conversation::new(new()),
-            socket,
+            socket: socket.clone(),
         })
         .collect();
 

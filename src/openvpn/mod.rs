@@ -12,9 +12,11 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::num::NonZero;
 use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::thread::available_parallelism;
 use std::time::Instant;
 
 use log::{debug, info, warn};
@@ -90,13 +92,15 @@ impl Listing {
 pub struct OpenVpn {
     directory: PathBuf,
     turns: Turns,
+    cpus: usize,
 }
 
 impl OpenVpn {
     /// `directory` holds the management sockets, e.g. `/run/openvpn-server`. It is read at
     /// every call: processes may come and go.
     pub fn new(directory: PathBuf) -> Self {
-        Self { directory, turns: Turns::default() }
+        let cpus = available_parallelism().map_or(1, NonZero::get);
+        Self { directory, turns: Turns::default(), cpus }
     }
 
     /// Where the management sockets lie.
@@ -175,7 +179,7 @@ impl OpenVpn {
     /// Why there was no greeting by `deadline`. [`SocketError::NoAnswer`] says what was waited
     /// for.
     pub fn probe(&self, socket: &Path, deadline: Instant) -> Result<String, SocketError> {
-        let outcomes = fanout::ask(&self.turns, vec![socket.to_owned()], Probe::default, deadline)
+        let outcomes = fanout::ask(&self.turns, &[socket.to_owned()], Probe::default, deadline, 1)
             .map_err(|error| SocketError::System("could not be waited for", error))?;
         let mut version = String::new();
         for outcome in outcomes {
@@ -186,9 +190,9 @@ impl OpenVpn {
     }
 
     /// Asks all sockets. Leaves out those that nobody listens on: no process, no clients.
-    fn ask<D: Dialogue>(
+    fn ask<D: Dialogue + Send>(
         &self,
-        new: impl Fn() -> D,
+        new: impl Fn() -> D + Sync,
         deadline: Instant,
     ) -> Result<(Vec<Outcome<D>>, Vec<Failure>), Error> {
         let mut sockets = self.sockets()?;
@@ -197,7 +201,7 @@ impl OpenVpn {
             .iter()
             .map(|socket| failure(socket, SocketError::TooMany(MAX_SOCKETS)))
             .collect();
-        let mut outcomes = fanout::ask(&self.turns, sockets, new, deadline)
+        let mut outcomes = fanout::ask(&self.turns, &sockets, new, deadline, self.cpus)
             .map_err(|error| Error::Wait { directory: self.directory.clone(), error })?;
         outcomes.retain(|outcome| outcome.result != Err(SocketError::NotThere));
         Ok((outcomes, failed))
