@@ -1,17 +1,15 @@
 //! The kernel's WireGuard device, over generic netlink.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use wireguard_uapi::err::{ConnectError, GetDeviceError, NlError, SetDeviceError};
+use wireguard_uapi::WgSocket;
+use wireguard_uapi::err::{ConnectError, NlError, SetDeviceError};
 use wireguard_uapi::linux::set;
-use wireguard_uapi::{DeviceInterface, WgSocket, get};
 
-use super::witness::{Page, Witness};
-use super::{Backend, Change, DeviceName, Error, Peer, PublicKey, Snapshot};
+use super::{Backend, Change, DeviceName, Error, Snapshot, dump};
 
 /// How often a disturbed dump is started again.
 const TRIES: u32 = 50;
@@ -38,11 +36,9 @@ impl Backend for Kernel<'_> {
 
     fn snapshot(&self) -> Result<Snapshot, Error> {
         for attempt in 1..=TRIES {
-            if let Some(device) = self.try_dump()? {
-                let own_key = device.public_key.map(PublicKey::from);
-                let peers = device.peers.into_iter().map(Peer::from_crate).collect::<Option<_>>();
-                let impossible = || self.internal("the kernel sent an impossible allowed IP");
-                return Ok(Snapshot { own_key, peers: peers.ok_or_else(impossible)? });
+            let dump = dump::snapshot(self.device, self.deadline);
+            if let Some(snapshot) = dump.map_err(|errno| self.error(errno))? {
+                return Ok(snapshot);
             }
             // Bursts of changes pass: give them more and more time.
             let pause = Duration::from_millis(attempt.min(20).into());
@@ -63,7 +59,7 @@ impl Backend for Kernel<'_> {
         // The kernel silently ignores a peer with the device's own key.
         let own_key = match before {
             Some(before) => before.own_key,
-            None => self.own_key().map_err(|errno| self.error(errno))?,
+            None => dump::own_key(self.device, self.deadline).map_err(|errno| self.error(errno))?,
         };
         let own = changes.iter().find_map(|change| match change {
             Change::Set(key, _) if Some(**key) == own_key => Some(**key),
@@ -119,43 +115,7 @@ fn removals(peer: &set::Peer) -> usize {
 }
 
 impl Kernel<'_> {
-    fn own_key(&self) -> Result<Option<PublicKey>, Errno> {
-        let witness = Witness::open(self.deadline)?;
-        witness.begin(self.device)?;
-        witness.page().map(|page| page.own_key)
-    }
-
-    /// One dump; `None` where it was disturbed.
-    ///
-    /// The crate panics on some disturbed dumps and returns others cut short; the witness tells.
-    fn try_dump(&self) -> Result<Option<get::Device>, Error> {
-        let witness = Witness::open(self.deadline).map_err(|errno| self.error(errno))?;
-        let mut socket = self.connect()?;
-        let interface = DeviceInterface::from_name(self.device.as_str());
-        witness.begin(self.device).map_err(|errno| self.error(errno))?;
-        let dump = catch_unwind(AssertUnwindSafe(|| socket.get_device(interface)));
-        let first = witness.page().map_err(|errno| self.error(errno))?;
-        let second = if first.last { Ok(Page::default()) } else { witness.page() };
-        let second = second.map_err(|errno| self.error(errno))?;
-        if second.interrupted {
-            return Ok(None);
-        }
-        let dump = match dump {
-            Ok(Ok(dump)) => dump,
-            // The panic and "no such device" come of changes, too.
-            Err(_) | Ok(Err(GetDeviceError::AccessError)) => return Ok(None),
-            Ok(Err(error)) => return Err(self.internal(&error.to_string())),
-        };
-        let complete = second.has_device || {
-            let peers = dump.peers.iter();
-            let peers = peers.map(|peer| (peer.public_key.into(), peer.allowed_ips.len()));
-            peers.eq(first.peers)
-        };
-        Ok((complete && first.ifindex == Some(dump.ifindex)).then_some(dump))
-    }
-
-    /// A fresh socket: sequence numbers are not checked, so that the rest of an aborted dump
-    /// would be taken for the answer to the next request.
+    /// A fresh socket: the crate does not check sequence numbers.
     fn connect(&self) -> Result<WgSocket, Error> {
         WgSocket::connect().map_err(|error| match error {
             ConnectError::NlError(error) => self.internal(&error.to_string()),

@@ -1,13 +1,15 @@
 //! WireGuard peers: one device, in the kernel or in user space, one operation at a time.
 
+mod dump;
 mod error;
 mod kernel;
+mod netlink;
 mod reply;
 mod sync;
 mod turns;
 mod types;
+mod uapi;
 mod userspace;
-mod witness;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +21,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use nix::sys::signal::SigSet;
 
 pub use error::{Error, SyncError};
 use kernel::Kernel;
@@ -28,11 +29,6 @@ pub use sync::{Conflict, Synced, Wanted, WantedBuilder};
 use turns::Turns;
 pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
 use userspace::Userspace;
-
-/// Name of the threads on which operations run. The crate below panics on some dumps, which is
-/// caught there: a panic hook should keep quiet about threads of this name, since a backtrace of
-/// each takes a good part of an operation's time.
-pub const THREAD_NAME: &str = "wireguard";
 
 /// An operation gives up this long before its caller does, so that the caller learns why.
 const MARGIN: Duration = Duration::from_millis(50);
@@ -188,10 +184,9 @@ impl WireGuard {
         let turn = self.turns.take(deadline).ok_or_else(timeout)?;
         let (sender, receiver) = mpsc::sync_channel(1);
         let device = self.device.clone();
-        let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(move || {
-            // A receive that a signal interrupts makes the crate return half a dump as whole.
-            let _ = SigSet::all().thread_block();
+        let thread = thread::Builder::new().name("wireguard".to_owned()).spawn(move || {
             let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
+            // Nothing below is known to panic; if something does, it is this operation that fails.
             let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
                 .unwrap_or_else(|_| {
                     Err(Error::Internal(device.clone(), "the operation panicked".to_owned()))
@@ -303,7 +298,7 @@ mod tests {
     fn panics_and_hangs_stay_inside() {
         let wireguard = WireGuard::new("wg0".parse().unwrap());
         let far = Instant::now() + Duration::from_secs(60);
-        let result: Result<(), _> = wireguard.run(far, |_| panic!("as the crate does"), done);
+        let result: Result<(), _> = wireguard.run(far, |_| panic!("as a bug does"), done);
         assert!(matches!(result, Err(Error::Internal(..))));
 
         // An operation hangs: it and those after it time out, until it comes back.
