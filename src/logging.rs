@@ -18,10 +18,6 @@ pub fn start() {
         .filter_level(LevelFilter::Info)
         .parse_default_env()
         .format(move |out, record| {
-            // neli logs whole netlink messages, private and preshared keys among them.
-            if record.target().starts_with("neli") {
-                return Ok(());
-            }
             let text = one_line(&record.args().to_string());
             if journal {
                 writeln!(out, "<{}>{text}", priority(record.level()))

@@ -64,6 +64,7 @@ struct Snapshot {
 }
 
 /// A change to a device.
+#[derive(Clone, Copy)]
 enum Change<'a> {
     /// The peer is there and has exactly these allowed IPs.
     Set(&'a PublicKey, &'a [AllowedIp]),

@@ -12,15 +12,15 @@ use nix::sys::socket::{
 };
 
 use super::uapi::{
-    CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME, CTRL_CMD_GETFAMILY, GENL_ID_CTRL, NLA_TYPE_MASK,
-    NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, WG_GENL_NAME,
+    CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME, CTRL_CMD_GETFAMILY, GENL_ID_CTRL, NLA_F_NESTED,
+    NLA_TYPE_MASK, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, WG_GENL_NAME,
 };
 
 /// A malformed answer; the kernel does not send any.
 pub(super) const MALFORMED: Errno = Errno::EBADMSG;
 
 /// The kernel fills the pages of a dump as far as the reader's buffer goes, up to 32 KiB
-/// (`netlink_dump`).
+/// (`netlink_dump`); its refusal of a change repeats the request, which is to be smaller, therefore.
 const BUFFER: usize = 32 * 1024;
 
 /// Holds the smallest page that the kernel makes (`NLMSG_GOODSIZE`).
@@ -71,6 +71,19 @@ impl Socket {
         self.buffer.resize(SMALL_PAGE, 0);
         self.send(request, NLM_F_DUMP)?;
         self.receive_with(MsgFlags::MSG_PEEK)
+    }
+
+    /// Has the request done: its refusal is the error.
+    pub(super) fn execute(&mut self, request: Request) -> Result<(), Errno> {
+        self.buffer.resize(BUFFER, 0);
+        self.send(request, NLM_F_ACK)?;
+        for message in messages(self.receive()?) {
+            let Message { kind, body, .. } = message?;
+            if kind == NLMSG_ERROR {
+                return check_status(body);
+            }
+        }
+        Err(MALFORMED)
     }
 
     /// The kernel does what is asked before this returns, and waits for no room in a buffer.
@@ -149,12 +162,22 @@ impl Request {
         Self(bytes)
     }
 
+    /// Adds an attribute.
+    pub(super) fn attribute(&mut self, kind: u16, payload: &[u8]) {
+        self.record(kind, |request| request.0.extend_from_slice(payload));
+    }
+
     /// Adds an attribute of text, which ends with a zero.
     pub(super) fn text(&mut self, kind: u16, text: &str) {
         self.record(kind, |request| {
             request.0.extend_from_slice(text.as_bytes());
             request.0.push(0);
         });
+    }
+
+    /// Adds an attribute of attributes.
+    pub(super) fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
+        self.record(kind | NLA_F_NESTED, fill);
     }
 
     fn record(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
@@ -175,7 +198,7 @@ impl Request {
     }
 
     /// The port in the header stays zero: the kernel answers the port that asked.
-    fn finish(mut self, family: u16, flags: u16, sequence: u32) -> Vec<u8> {
+    pub(super) fn finish(mut self, family: u16, flags: u16, sequence: u32) -> Vec<u8> {
         let length = u32::try_from(self.0.len()).unwrap_or(0);
         self.put(0, &length.to_ne_bytes());
         self.put(4, &family.to_ne_bytes());
@@ -315,12 +338,18 @@ pub(super) mod tests {
     fn requests() {
         let mut request = Request::new(3);
         request.text(2, "wg-15-bytes-xyz");
+        request.nested(8, |request| {
+            request.attribute(1, &[7; 5]);
+            request.nested(9, |_| {});
+        });
         let bytes = request.finish(FAMILY, NLM_F_REQUEST, 5);
         let Message { kind, flags, sequence, body } = messages(&bytes).next().unwrap().unwrap();
         assert_eq!((bytes.len() % 4, kind, flags, sequence), (0, FAMILY, 1, 5));
         assert_eq!(body[..4], [3, 1, 0, 0]);
-        let attributes: Vec<_> = attributes(&body[4..]).collect();
-        assert_eq!(attributes, [Ok((2, &b"wg-15-bytes-xyz\0"[..]))]);
+        let outer: Vec<_> = attributes(&body[4..]).map(Result::unwrap).collect();
+        assert_eq!(outer[0], (2, &b"wg-15-bytes-xyz\0"[..]));
+        let inner: Vec<_> = attributes(outer[1].1).collect();
+        assert_eq!((outer[1].0, inner), (8, vec![Ok((1, &[7; 5][..])), Ok((9, &[][..]))]));
     }
 
     /// A socket to the controller, which every kernel has, with nothing asked yet.
@@ -347,6 +376,7 @@ pub(super) mod tests {
         assert_eq!(parse_family(socket.receive().unwrap()), Ok(GENL_ID_CTRL));
         socket.send(ask("no-such-family"), 0).unwrap();
         assert_eq!(parse_family(socket.receive().unwrap()), Err(Errno::ENOENT));
+        assert_eq!(socket.execute(ask("no-such-family")), Err(Errno::ENOENT));
 
         // Not an answer to the last request.
         socket.send(ask("nlctrl"), 0).unwrap();
