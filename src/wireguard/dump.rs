@@ -43,7 +43,7 @@ pub(super) fn snapshot(device: &DeviceName, deadline: Instant) -> Result<Option<
     let family = socket.family();
     let mut report = Report::default();
     while !report.complete {
-        // Pages that are there already would be read for ever by one whom nobody waits for.
+        // The kernel has the next page ready: without this, a long dump would not end here.
         if Instant::now() >= deadline {
             return Err(Errno::EAGAIN);
         }
