@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::time::SystemTime;
 
-use log::{Level, LevelFilter, debug, error};
+use log::{Level, LevelFilter, error};
 
-use crate::{rfc3339, wireguard};
+use crate::rfc3339;
 
 /// Starts logging at the level of `RUST_LOG` (default: info).
 ///
@@ -18,10 +18,6 @@ pub fn start() {
         .filter_level(LevelFilter::Info)
         .parse_default_env()
         .format(move |out, record| {
-            // neli logs whole netlink messages, private and preshared keys among them.
-            if record.target().starts_with("neli") {
-                return Ok(());
-            }
             let text = one_line(&record.args().to_string());
             if journal {
                 writeln!(out, "<{}>{text}", priority(record.level()))
@@ -33,13 +29,8 @@ pub fn start() {
         .init();
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
-        match thread.name() {
-            // wireguard-uapi panics on a disturbed dump, which is then started again.
-            Some(wireguard::THREAD_NAME) => debug!("{panic}"),
-            name => {
-                error!("internal error in thread {}: {panic}", name.unwrap_or("without a name"))
-            }
-        }
+        let name = thread.name().unwrap_or("without a name");
+        error!("internal error in thread {name}: {panic}");
     }));
 }
 

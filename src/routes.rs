@@ -165,7 +165,8 @@ fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answe
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
     let allowed_ips: Vec<AllowedIp> = form.at_least_once("ip_net")?;
-    node.wireguard.add_peer(&public_key, &allowed_ips, Instant::now() + BACKEND_BUDGET)?;
+    let wireguard = node.wireguard.asked_by(&request.caller);
+    wireguard.add_peer(&public_key, &allowed_ips, Instant::now() + BACKEND_BUDGET)?;
     let texts: Vec<_> = allowed_ips.iter().map(ToString::to_string).collect();
     info!(
         "peer {public_key} on {}: set to allowed IPs {}, asked by {}",
@@ -179,7 +180,8 @@ fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answe
 fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
-    let removed = node.wireguard.remove_peer(&public_key, Instant::now() + BACKEND_BUDGET)?;
+    let wireguard = node.wireguard.asked_by(&request.caller);
+    let removed = wireguard.remove_peer(&public_key, Instant::now() + BACKEND_BUDGET)?;
     let Some(peer) = removed else {
         return Ok(Answer::NoContent);
     };
@@ -199,7 +201,7 @@ fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Ans
     let _ = io::copy(body, &mut io::sink());
     let (upload, wanted, dry_run) = result?;
     let deadline = Instant::now() + BACKEND_BUDGET;
-    let result = node.wireguard.sync_peers(wanted, dry_run, deadline);
+    let result = node.wireguard.asked_by(&request.caller).sync_peers(wanted, dry_run, deadline);
     drop(upload);
     match result {
         Ok(synced) => {

@@ -29,7 +29,7 @@ const WORKS: [(&str, &str, &str, f64); 5] = [
 /// Time per peer at the largest device, beside that at the smallest, may be this many times as much.
 const GROWTH: f64 = 1.3;
 
-/// MiB that listing the most peers may take, and that may be left of them.
+/// MiB that listing 100,000 peers may take, and that may be left of them.
 const PEAK: f64 = 150.0;
 const IDLE: f64 = 20.0;
 

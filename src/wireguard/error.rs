@@ -27,7 +27,7 @@ pub enum Error {
     NotAdded(DeviceName, PublicKey),
     /// The kernel refused or failed.
     Kernel(DeviceName, Errno),
-    /// The kernel's answer, or this process, is not as it should be.
+    /// This process is not as it should be.
     Internal(DeviceName, String),
     /// The userspace process cannot be spoken to.
     Socket(PathBuf, io::Error),

@@ -1,24 +1,26 @@
 //! The kernel's WireGuard device, over generic netlink.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use wireguard_uapi::err::{ConnectError, GetDeviceError, NlError, SetDeviceError};
-use wireguard_uapi::linux::set;
-use wireguard_uapi::{DeviceInterface, WgSocket, get};
 
-use super::witness::{Page, Witness};
-use super::{Backend, Change, DeviceName, Error, Peer, PublicKey, Snapshot};
+use super::netlink::{Request, Socket};
+use super::uapi::{
+    AF_INET, AF_INET6, WG_CMD_SET_DEVICE, WGALLOWEDIP_A_CIDR_MASK, WGALLOWEDIP_A_FAMILY,
+    WGALLOWEDIP_A_IPADDR, WGDEVICE_A_IFNAME, WGDEVICE_A_PEERS, WGPEER_A_ALLOWEDIPS, WGPEER_A_FLAGS,
+    WGPEER_A_PUBLIC_KEY, WGPEER_F_REMOVE_ME, WGPEER_F_REPLACE_ALLOWEDIPS,
+};
+use super::{AllowedIp, Backend, Change, DeviceName, Error, PublicKey, Snapshot, dump};
 
 /// How often a disturbed dump is started again.
 const TRIES: u32 = 50;
 
 /// The allowed IPs and peers in one message: so many that the message stays below 32 KiB, since
-/// the kernel's refusal repeats it and the crate reads no more than that. An allowed IP takes at
-/// most 40 bytes, a peer without any 56.
+/// the kernel's refusal repeats it (nix cannot set `NETLINK_CAP_ACK`, which would spare us that) and
+/// no more than that is read. An allowed IP takes at most 40 bytes, a peer without any 52.
 const MESSAGE_ITEMS: usize = 500;
 
 /// The removals in one message. For each the kernel waits until no CPU uses the peer any more, up to
@@ -38,11 +40,9 @@ impl Backend for Kernel<'_> {
 
     fn snapshot(&self) -> Result<Snapshot, Error> {
         for attempt in 1..=TRIES {
-            if let Some(device) = self.try_dump()? {
-                let own_key = device.public_key.map(PublicKey::from);
-                let peers = device.peers.into_iter().map(Peer::from_crate).collect::<Option<_>>();
-                let impossible = || self.internal("the kernel sent an impossible allowed IP");
-                return Ok(Snapshot { own_key, peers: peers.ok_or_else(impossible)? });
+            let dump = dump::snapshot(self.device, self.deadline);
+            if let Some(snapshot) = dump.map_err(|errno| self.error(errno))? {
+                return Ok(snapshot);
             }
             // Bursts of changes pass: give them more and more time.
             let pause = Duration::from_millis(attempt.min(20).into());
@@ -63,7 +63,7 @@ impl Backend for Kernel<'_> {
         // The kernel silently ignores a peer with the device's own key.
         let own_key = match before {
             Some(before) => before.own_key,
-            None => self.own_key().map_err(|errno| self.error(errno))?,
+            None => dump::own_key(self.device, self.deadline).map_err(|errno| self.error(errno))?,
         };
         let own = changes.iter().find_map(|change| match change {
             Change::Set(key, _) if Some(**key) == own_key => Some(**key),
@@ -72,7 +72,7 @@ impl Backend for Kernel<'_> {
         if let Some(key) = own {
             return Err(Error::OwnKey(self.device.clone(), key));
         }
-        let mut socket = self.connect()?;
+        let mut socket = Socket::open(self.deadline).map_err(|errno| self.error(errno))?;
         let mut message = Message::default();
         for (done, change) in changes.iter().enumerate() {
             for (part, peer) in set_peers(change).enumerate() {
@@ -93,7 +93,7 @@ impl Backend for Kernel<'_> {
 /// What goes to the kernel at one go.
 #[derive(Default)]
 struct Message<'a> {
-    peers: Vec<set::Peer<'a>>,
+    peers: Vec<Part<'a>>,
     /// Peers and allowed IPs.
     items: usize,
     removals: usize,
@@ -101,70 +101,69 @@ struct Message<'a> {
     finishes_a_peer: bool,
 }
 
+/// A peer, or as much of it as one message holds.
+struct Part<'a> {
+    key: &'a PublicKey,
+    flags: u32,
+    allowed_ips: &'a [AllowedIp],
+}
+
 impl<'a> Message<'a> {
-    fn has_room(&self, peer: &set::Peer) -> bool {
+    fn has_room(&self, peer: &Part) -> bool {
         self.items + 1 + peer.allowed_ips.len() <= MESSAGE_ITEMS
             && self.removals + removals(peer) <= MESSAGE_REMOVALS
     }
 
-    fn push(&mut self, peer: set::Peer<'a>) {
+    fn push(&mut self, peer: Part<'a>) {
         self.items += 1 + peer.allowed_ips.len();
         self.removals += removals(&peer);
         self.peers.push(peer);
     }
+
+    fn request(&self, device: &DeviceName) -> Request {
+        let mut request = Request::new(WG_CMD_SET_DEVICE);
+        request.text(WGDEVICE_A_IFNAME, device.as_str());
+        request.nested(WGDEVICE_A_PEERS, |peers| {
+            for part in &self.peers {
+                peers.nested(0, |peer| part.write(peer));
+            }
+        });
+        request
+    }
 }
 
-fn removals(peer: &set::Peer) -> usize {
-    usize::from(peer.flags.contains(&set::WgPeerF::RemoveMe))
+impl Part<'_> {
+    fn write(&self, peer: &mut Request) {
+        peer.attribute(WGPEER_A_PUBLIC_KEY, self.key.as_bytes());
+        peer.attribute(WGPEER_A_FLAGS, &self.flags.to_ne_bytes());
+        peer.nested(WGPEER_A_ALLOWEDIPS, |allowed_ips| {
+            for allowed_ip in self.allowed_ips {
+                allowed_ips.nested(0, |attributes| write_allowed_ip(allowed_ip, attributes));
+            }
+        });
+    }
+}
+
+fn write_allowed_ip(allowed_ip: &AllowedIp, attributes: &mut Request) {
+    let family = match allowed_ip.address() {
+        IpAddr::V4(_) => AF_INET,
+        IpAddr::V6(_) => AF_INET6,
+    };
+    attributes.attribute(WGALLOWEDIP_A_FAMILY, &family.to_ne_bytes());
+    match allowed_ip.address() {
+        IpAddr::V4(v4) => attributes.attribute(WGALLOWEDIP_A_IPADDR, &v4.octets()),
+        IpAddr::V6(v6) => attributes.attribute(WGALLOWEDIP_A_IPADDR, &v6.octets()),
+    }
+    attributes.attribute(WGALLOWEDIP_A_CIDR_MASK, &[allowed_ip.prefix_len()]);
+}
+
+fn removals(peer: &Part) -> usize {
+    usize::from(peer.flags == WGPEER_F_REMOVE_ME)
 }
 
 impl Kernel<'_> {
-    fn own_key(&self) -> Result<Option<PublicKey>, Errno> {
-        let witness = Witness::open(self.deadline)?;
-        witness.begin(self.device)?;
-        witness.page().map(|page| page.own_key)
-    }
-
-    /// One dump; `None` where it was disturbed.
-    ///
-    /// The crate panics on some disturbed dumps and returns others cut short; the witness tells.
-    fn try_dump(&self) -> Result<Option<get::Device>, Error> {
-        let witness = Witness::open(self.deadline).map_err(|errno| self.error(errno))?;
-        let mut socket = self.connect()?;
-        let interface = DeviceInterface::from_name(self.device.as_str());
-        witness.begin(self.device).map_err(|errno| self.error(errno))?;
-        let dump = catch_unwind(AssertUnwindSafe(|| socket.get_device(interface)));
-        let first = witness.page().map_err(|errno| self.error(errno))?;
-        let second = if first.last { Ok(Page::default()) } else { witness.page() };
-        let second = second.map_err(|errno| self.error(errno))?;
-        if second.interrupted {
-            return Ok(None);
-        }
-        let dump = match dump {
-            Ok(Ok(dump)) => dump,
-            // The panic and "no such device" come of changes, too.
-            Err(_) | Ok(Err(GetDeviceError::AccessError)) => return Ok(None),
-            Ok(Err(error)) => return Err(self.internal(&error.to_string())),
-        };
-        let complete = second.has_device || {
-            let peers = dump.peers.iter();
-            let peers = peers.map(|peer| (peer.public_key.into(), peer.allowed_ips.len()));
-            peers.eq(first.peers)
-        };
-        Ok((complete && first.ifindex == Some(dump.ifindex)).then_some(dump))
-    }
-
-    /// A fresh socket: sequence numbers are not checked, so that the rest of an aborted dump
-    /// would be taken for the answer to the next request.
-    fn connect(&self) -> Result<WgSocket, Error> {
-        WgSocket::connect().map_err(|error| match error {
-            ConnectError::NlError(error) => self.internal(&error.to_string()),
-            ConnectError::ResolveFamilyError(error) => self.internal(&error.to_string()),
-        })
-    }
-
     /// Sends the message and makes it empty.
-    fn send(&self, socket: &mut WgSocket, message: &mut Message) -> Result<(), Error> {
+    fn send(&self, socket: &mut Socket, message: &mut Message) -> Result<(), Error> {
         let message = std::mem::take(message);
         if message.peers.is_empty() {
             return Ok(());
@@ -172,13 +171,7 @@ impl Kernel<'_> {
         if Instant::now() >= self.deadline && !message.finishes_a_peer {
             return Err(Error::Timeout(self.device.clone()));
         }
-        let message = set::Device::from_ifname(self.device.as_str()).peers(message.peers);
-        socket.set_device(message).map_err(|error| match error {
-            SetDeviceError::NlError(NlError::Nlmsgerr(error)) => {
-                self.error(Errno::from_raw(error.error.saturating_neg()))
-            }
-            error => self.internal(&error.to_string()),
-        })
+        socket.execute(message.request(self.device)).map_err(|errno| self.error(errno))
     }
 
     fn error(&self, errno: Errno) -> Error {
@@ -187,26 +180,93 @@ impl Kernel<'_> {
             errno => Error::Kernel(self.device.clone(), errno),
         }
     }
-
-    fn internal(&self, reason: &str) -> Error {
-        Error::Internal(self.device.clone(), reason.to_owned())
-    }
 }
 
 /// A change as the kernel takes it: in several parts where its allowed IPs fill more than one
 /// message. Nothing but the allowed IPs of a peer that exists is touched.
-fn set_peers<'a>(change: &Change<'a>) -> impl Iterator<Item = set::Peer<'a>> {
-    let (key, allowed_ips, flag) = match *change {
-        Change::Remove(key) => (key, &[][..], set::WgPeerF::RemoveMe),
-        Change::Set(key, allowed_ips) => (key, allowed_ips, set::WgPeerF::ReplaceAllowedIps),
+fn set_peers<'a>(change: &Change<'a>) -> impl Iterator<Item = Part<'a>> {
+    let (key, allowed_ips, flags) = match *change {
+        Change::Remove(key) => (key, &[][..], WGPEER_F_REMOVE_ME),
+        Change::Set(key, allowed_ips) => (key, allowed_ips, WGPEER_F_REPLACE_ALLOWEDIPS),
     };
     let mut chunks = allowed_ips.chunks(MESSAGE_ITEMS - 1);
-    let peer = |chunk: &'a [super::AllowedIp]| {
-        let allowed_ips = chunk
-            .iter()
-            .map(|ip| set::AllowedIp { ipaddr: ip.address(), cidr_mask: Some(ip.prefix_len()) });
-        set::Peer::from_public_key(key.as_bytes()).allowed_ips(allowed_ips.collect())
-    };
-    let first = peer(chunks.next().unwrap_or_default()).flags(vec![flag]);
-    std::iter::once(first).chain(chunks.map(peer))
+    let first = Part { key, flags, allowed_ips: chunks.next().unwrap_or_default() };
+    std::iter::once(first).chain(chunks.map(move |allowed_ips| Part { key, flags: 0, allowed_ips }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::netlink::{attributes, messages};
+    use super::*;
+
+    /// The messages that `Kernel::apply` makes of the changes, as bytes.
+    fn written(changes: &[Change]) -> Vec<Vec<u8>> {
+        let device = "fifteen-bytes-x".parse().unwrap();
+        let mut requests = vec![];
+        let mut message = Message::default();
+        for part in changes.iter().flat_map(set_peers) {
+            if !message.has_room(&part) {
+                requests.push(std::mem::take(&mut message));
+            }
+            message.push(part);
+        }
+        requests.push(message);
+        requests.iter().map(|message| message.request(&device).finish(1, 0, 0)).collect()
+    }
+
+    /// What is nested in the attribute of that type.
+    fn nested(bytes: &[u8], kind: u16) -> Vec<&[u8]> {
+        let all = attributes(bytes).map(Result::unwrap);
+        let found = all.filter(|(other, _)| *other == kind).map(|(_, payload)| payload);
+        found.flat_map(|payload| attributes(payload).map(|inner| inner.unwrap().1)).collect()
+    }
+
+    #[test]
+    fn a_change_as_it_is_written() {
+        let (added, removed) = (PublicKey::from([1; 32]), PublicKey::from([2; 32]));
+        let allowed_ips = ["10.0.0.0/8", "fd00::/64"].map(|text| text.parse().unwrap());
+        let changes = [Change::Remove(&removed), Change::Set(&added, &allowed_ips)];
+        let [bytes] = &written(&changes)[..] else { panic!("one message") };
+        let message = messages(bytes).next().unwrap().unwrap();
+        assert_eq!(message.body[..4], [WG_CMD_SET_DEVICE, 1, 0, 0]);
+        let device: Vec<_> = attributes(&message.body[4..]).map(Result::unwrap).collect();
+        assert_eq!(device[0], (WGDEVICE_A_IFNAME, &b"fifteen-bytes-x\0"[..]));
+        let peers = nested(&message.body[4..], WGDEVICE_A_PEERS);
+        let expected = [(removed, WGPEER_F_REMOVE_ME), (added, WGPEER_F_REPLACE_ALLOWEDIPS)];
+        for (peer, (key, flags)) in peers.iter().zip(expected) {
+            let fields: Vec<_> = attributes(peer).map(Result::unwrap).collect();
+            assert_eq!(fields[0], (WGPEER_A_PUBLIC_KEY, &key.as_bytes()[..]));
+            assert_eq!(fields[1], (WGPEER_A_FLAGS, &flags.to_ne_bytes()[..]));
+        }
+        assert!(nested(peers[0], WGPEER_A_ALLOWEDIPS).is_empty());
+        let allowed_ips = nested(peers[1], WGPEER_A_ALLOWEDIPS);
+        let expected: [(u16, &[u8], u8); 2] = [
+            (AF_INET, &[10, 0, 0, 0], 8),
+            (AF_INET6, &[0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 64),
+        ];
+        for (allowed_ip, (family, address, bits)) in allowed_ips.iter().zip(expected) {
+            let fields: Vec<_> = attributes(allowed_ip).map(Result::unwrap).collect();
+            assert_eq!(fields[0], (WGALLOWEDIP_A_FAMILY, &family.to_ne_bytes()[..]));
+            assert_eq!(fields[1], (WGALLOWEDIP_A_IPADDR, address));
+            assert_eq!(fields[2], (WGALLOWEDIP_A_CIDR_MASK, &[bits][..]));
+        }
+        assert_eq!((peers.len(), allowed_ips.len()), (2, 2));
+    }
+
+    #[test]
+    fn messages_stay_small() {
+        let key = PublicKey::from([1; 32]);
+        let allowed_ips = vec!["fd00::/64".parse().unwrap(); 3 * MESSAGE_ITEMS];
+        for (changes, messages) in [
+            (vec![Change::Set(&key, &[]); 2 * MESSAGE_ITEMS], 2),
+            (vec![Change::Set(&key, &allowed_ips[..1]); MESSAGE_ITEMS], 2),
+            (vec![Change::Set(&key, &allowed_ips)], 4),
+            (vec![Change::Remove(&key); 10 * MESSAGE_REMOVALS], 10),
+        ] {
+            let written = written(&changes);
+            assert_eq!(written.len(), messages);
+            // The refusal has a header and a status before it.
+            assert!(written.iter().all(|message| 16 + 4 + message.len() <= 32 * 1024));
+        }
+    }
 }

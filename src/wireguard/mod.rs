@@ -1,13 +1,15 @@
 //! WireGuard peers: one device, in the kernel or in user space, one operation at a time.
 
+mod dump;
 mod error;
 mod kernel;
+mod netlink;
 mod reply;
 mod sync;
 mod turns;
 mod types;
+mod uapi;
 mod userspace;
-mod witness;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +21,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use nix::sys::signal::SigSet;
 
 pub use error::{Error, SyncError};
 use kernel::Kernel;
@@ -29,11 +30,6 @@ use turns::Turns;
 pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
 use userspace::Userspace;
 
-/// Name of the threads on which operations run. The crate below panics on some dumps, which is
-/// caught there: a panic hook should keep quiet about threads of this name, since a backtrace of
-/// each takes a good part of an operation's time.
-pub const THREAD_NAME: &str = "wireguard";
-
 /// An operation gives up this long before its caller does, so that the caller learns why.
 const MARGIN: Duration = Duration::from_millis(50);
 
@@ -41,6 +37,7 @@ const MARGIN: Duration = Duration::from_millis(50);
 pub struct WireGuard {
     device: DeviceName,
     turns: Arc<Turns>,
+    caller: Option<String>,
 }
 
 /// What a kernel device and a userspace device can both do, within a deadline.
@@ -68,6 +65,7 @@ struct Snapshot {
 }
 
 /// A change to a device.
+#[derive(Clone, Copy)]
 enum Change<'a> {
     /// The peer is there and has exactly these allowed IPs.
     Set(&'a PublicKey, &'a [AllowedIp]),
@@ -78,7 +76,14 @@ enum Change<'a> {
 impl WireGuard {
     /// The device of that name. Nothing is opened yet: it may come and go while the daemon runs.
     pub fn new(device: DeviceName) -> Self {
-        Self { device, turns: Arc::default() }
+        Self { device, turns: Arc::default(), caller: None }
+    }
+
+    /// The same device, for what `caller` asks: a change that ends too late to be answered is logged
+    /// with that name.
+    pub fn asked_by(&self, caller: &str) -> Self {
+        let (device, turns) = (self.device.clone(), Arc::clone(&self.turns));
+        Self { device, turns, caller: Some(caller.to_owned()) }
     }
 
     /// Name of the device.
@@ -187,11 +192,10 @@ impl WireGuard {
         let timeout = || Error::Timeout(self.device.clone());
         let turn = self.turns.take(deadline).ok_or_else(timeout)?;
         let (sender, receiver) = mpsc::sync_channel(1);
-        let device = self.device.clone();
-        let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(move || {
-            // A receive that a signal interrupts makes the crate return half a dump as whole.
-            let _ = SigSet::all().thread_block();
+        let (device, caller) = (self.device.clone(), self.caller.clone());
+        let thread = thread::Builder::new().name("wireguard".to_owned()).spawn(move || {
             let until = deadline.checked_sub(MARGIN).unwrap_or(deadline);
+            // Nothing below is known to panic; if something does, it is this operation that fails.
             let result = catch_unwind(AssertUnwindSafe(|| choose(&device, until, operation)))
                 .unwrap_or_else(|_| {
                     Err(Error::Internal(device.clone(), "the operation panicked".to_owned()))
@@ -199,7 +203,11 @@ impl WireGuard {
             drop(turn);
             if let Err(mpsc::SendError(result)) = sender.send(result) {
                 let outcome = result.map_or_else(|error| error.to_string(), late);
-                log::warn!("WireGuard device {device} answered after its time-out: {outcome}");
+                let asked_by =
+                    caller.map_or_else(String::new, |caller| format!(", asked by {caller}"));
+                log::warn!(
+                    "WireGuard device {device} answered after its time-out: {outcome}{asked_by}"
+                );
             }
         });
         thread.map_err(|error| {
@@ -251,10 +259,28 @@ fn neither(device: &DeviceName, errno: Errno, socket: io::ErrorKind) -> Option<E
 
 #[cfg(test)]
 mod tests {
-    fn done((): ()) -> String {
-        String::new()
-    }
+    use std::sync::Mutex;
+
     use super::*;
+
+    fn done((): ()) -> String {
+        "it is done".to_owned()
+    }
+
+    /// Keeps what the tests log.
+    static LOG: Log = Log(Mutex::new(String::new()));
+
+    struct Log(Mutex<String>);
+
+    impl log::Log for Log {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            *self.0.lock().unwrap() += &format!("{}\n", record.args());
+        }
+        fn flush(&self) {}
+    }
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_millis(200)
@@ -301,15 +327,17 @@ mod tests {
 
     #[test]
     fn panics_and_hangs_stay_inside() {
+        log::set_logger(&LOG).unwrap();
+        log::set_max_level(log::LevelFilter::Warn);
         let wireguard = WireGuard::new("wg0".parse().unwrap());
         let far = Instant::now() + Duration::from_secs(60);
-        let result: Result<(), _> = wireguard.run(far, |_| panic!("as the crate does"), done);
+        let result: Result<(), _> = wireguard.run(far, |_| panic!("as a bug does"), done);
         assert!(matches!(result, Err(Error::Internal(..))));
 
         // An operation hangs: it and those after it time out, until it comes back.
         let (release, hang) = mpsc::channel::<()>();
-        let hang = std::sync::Mutex::new(hang);
-        let hung = wireguard.run(
+        let hang = Mutex::new(hang);
+        let hung = wireguard.asked_by("192.0.2.1:5").run(
             soon(),
             move |_| {
                 let _ = hang.lock().unwrap().recv();
@@ -321,5 +349,11 @@ mod tests {
         assert!(wireguard.run(soon(), |_| Ok(()), done).unwrap_err().is_timeout());
         drop(release);
         assert!(wireguard.run(far, |_| Ok(()), done).is_ok());
+        let late =
+            "WireGuard device wg0 answered after its time-out: it is done, asked by 192.0.2.1:5";
+        while !LOG.0.lock().unwrap().contains(late) {
+            assert!(Instant::now() < far, "{}", LOG.0.lock().unwrap());
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }

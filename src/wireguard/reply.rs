@@ -3,12 +3,12 @@
 //! The protocol is that of <https://www.wireguard.com/xplatform/>.
 
 use std::io::{self, BufRead, Read};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use wireguard_uapi::get;
 use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
 
-use super::{Peer, PublicKey, Snapshot};
+use super::{AllowedIp, Peer, PublicKey, Snapshot};
 
 /// The longest line and the longest answer that are read. A line holds a key or an address; a
 /// peer takes some 400 bytes.
@@ -71,6 +71,12 @@ impl<R: BufRead> Lines<R> {
                     self.has_status = true;
                     return Ok(line);
                 }
+                // The crate panics on a time that `Duration` cannot hold.
+                "last_handshake_time_sec"
+                    if value.parse().is_ok_and(|seconds: u64| seconds >> 63 > 0) =>
+                {
+                    return bad("a handshake time is impossible");
+                }
                 "allowed_ip"
                 | "rx_bytes"
                 | "tx_bytes"
@@ -106,6 +112,25 @@ fn parse_hex_key(text: &str) -> Option<PublicKey> {
     Some(key.into())
 }
 
+/// Takes what is needed from the crate's peer and leaves its preshared key behind; `None` where an
+/// allowed IP is impossible.
+fn from_crate(peer: get::Peer) -> Option<Peer> {
+    // Exactly as long as needed: there may be a hundred thousand.
+    let mut allowed_ips = Vec::with_capacity(peer.allowed_ips.len());
+    for ip in &peer.allowed_ips {
+        allowed_ips.push(AllowedIp::new(ip.ipaddr, ip.cidr_mask)?);
+    }
+    Some(Peer {
+        public_key: peer.public_key.into(),
+        allowed_ips,
+        last_handshake: Some(peer.last_handshake_time)
+            .filter(|time| *time != Duration::ZERO)
+            .and_then(|time| SystemTime::UNIX_EPOCH.checked_add(time)),
+        rx_bytes: peer.rx_bytes,
+        tx_bytes: peer.tx_bytes,
+    })
+}
+
 /// Parses the answer to `get=1`. boringtun alone tells its own key.
 pub(super) fn parse_device(
     reader: impl BufRead,
@@ -117,7 +142,7 @@ pub(super) fn parse_device(
         let error = io::Error::new(io::ErrorKind::InvalidData, "it has an impossible allowed IP");
         ParseGetResponseError::ReadLineIoError(error)
     };
-    let peers = device.peers.into_iter().map(Peer::from_crate);
+    let peers = device.peers.into_iter().map(from_crate);
     let mut peers = peers.collect::<Option<Vec<_>>>().ok_or_else(malformed)?;
     if lines.own_key.is_some() {
         // boringtun tells how long ago the handshake was, not when.
@@ -146,7 +171,6 @@ pub(super) fn parse_status(reader: impl BufRead) -> Result<(), ParseGetResponseE
 mod tests {
     use super::*;
     use std::io::BufReader;
-    use std::time::Duration;
 
     const KEYS: [&str; 3] = [
         "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
@@ -243,6 +267,11 @@ mod tests {
             &format!("public_key={key}\nrx_bytes=-1\nerrno=0\n\n"),
             &format!("public_key={key}\nrx_bytes=18446744073709551616\nerrno=0\n\n"),
             &format!("public_key={key}\nlast_handshake_time_nsec=4294967296\nerrno=0\n\n"),
+            &format!(
+                "public_key={key}\nlast_handshake_time_sec={}\nlast_handshake_time_nsec={}\nerrno=0\n\n",
+                u64::MAX,
+                u32::MAX
+            ),
             &format!("x={}\nerrno=0\n\n", "x".repeat(2000)),
         ] {
             assert!(parse_text(text).is_err(), "{text:?}");
@@ -267,5 +296,34 @@ mod tests {
     fn floods_end() {
         let error = parse_device(BufReader::new(Flood), SystemTime::now()).err().unwrap();
         assert!(matches!(error, ParseGetResponseError::ReadLineIoError(_)), "{error}");
+    }
+
+    #[test]
+    fn peers_from_the_crate() {
+        let peer = get::Peer {
+            public_key: [1; 32],
+            preshared_key: [2; 32],
+            endpoint: None,
+            persistent_keepalive_interval: 0,
+            last_handshake_time: Duration::from_secs(7),
+            rx_bytes: 3,
+            tx_bytes: 4,
+            allowed_ips: vec!["10.0.0.1/8".parse().unwrap()],
+            protocol_version: 1,
+        };
+        let mut never_seen = peer.clone();
+        never_seen.last_handshake_time = Duration::ZERO;
+        assert_eq!(from_crate(never_seen).unwrap().last_handshake, None);
+        let mut impossible = peer.clone();
+        impossible.allowed_ips[0].cidr_mask = 33;
+        assert_eq!(from_crate(impossible), None);
+        let expected = Peer {
+            public_key: [1; 32].into(),
+            allowed_ips: vec!["10.0.0.0/8".parse().unwrap()],
+            last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
+            rx_bytes: 3,
+            tx_bytes: 4,
+        };
+        assert_eq!(from_crate(peer), Some(expected));
     }
 }

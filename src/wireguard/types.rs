@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -169,27 +169,6 @@ impl fmt::Display for AllowedIp {
     }
 }
 
-impl Peer {
-    /// Takes what is needed from the crate's peer and leaves its preshared key behind;
-    /// `None` where an allowed IP is impossible.
-    pub(super) fn from_crate(peer: wireguard_uapi::get::Peer) -> Option<Self> {
-        // Exactly as long as needed: there may be a hundred thousand.
-        let mut allowed_ips = Vec::with_capacity(peer.allowed_ips.len());
-        for ip in &peer.allowed_ips {
-            allowed_ips.push(AllowedIp::new(ip.ipaddr, ip.cidr_mask)?);
-        }
-        Some(Self {
-            public_key: peer.public_key.into(),
-            allowed_ips,
-            last_handshake: Some(peer.last_handshake_time)
-                .filter(|time| *time != Duration::ZERO)
-                .and_then(|time| SystemTime::UNIX_EPOCH.checked_add(time)),
-            rx_bytes: peer.rx_bytes,
-            tx_bytes: peer.tx_bytes,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,34 +260,5 @@ mod tests {
         ] {
             assert!(name.parse::<DeviceName>().is_err(), "{name:?}");
         }
-    }
-
-    #[test]
-    fn peers_from_the_crate() {
-        let peer = wireguard_uapi::get::Peer {
-            public_key: [1; 32],
-            preshared_key: [2; 32],
-            endpoint: None,
-            persistent_keepalive_interval: 0,
-            last_handshake_time: Duration::from_secs(7),
-            rx_bytes: 3,
-            tx_bytes: 4,
-            allowed_ips: vec!["10.0.0.1/8".parse().unwrap()],
-            protocol_version: 1,
-        };
-        let mut never_seen = peer.clone();
-        never_seen.last_handshake_time = Duration::ZERO;
-        assert_eq!(Peer::from_crate(never_seen).unwrap().last_handshake, None);
-        let mut impossible = peer.clone();
-        impossible.allowed_ips[0].cidr_mask = 33;
-        assert_eq!(Peer::from_crate(impossible), None);
-        let expected = Peer {
-            public_key: [1; 32].into(),
-            allowed_ips: vec!["10.0.0.0/8".parse().unwrap()],
-            last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
-            rx_bytes: 3,
-            tx_bytes: 4,
-        };
-        assert_eq!(Peer::from_crate(peer), Some(expected));
     }
 }

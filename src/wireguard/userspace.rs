@@ -25,6 +25,9 @@ use super::{Backend, Change, DeviceName, Error, PublicKey, Snapshot};
 /// The peers in one request: so many that the process answers well before the deadline.
 const REQUEST_PEERS: usize = 1000;
 
+/// What the addition of a peer may take that was removed just before, past the deadline if need be.
+const ADDITION: Duration = Duration::from_millis(500);
+
 /// The process behind the device's socket, until the deadline.
 pub(super) struct Userspace<'a> {
     device: &'a DeviceName,
@@ -71,7 +74,7 @@ impl Backend for Userspace<'_> {
                 Change::Remove(_) => {}
             }
         }
-        // boringtun panics when a peer that exists is changed: it is removed, and added as it was.
+        // boringtun panics when a peer that exists is changed.
         let replaced = |change: &Change| match *change {
             Change::Set(key, wanted) if is_boringtun => {
                 present.get(key).is_some_and(|now| !same_set(now, wanted))
@@ -97,10 +100,7 @@ impl Backend for Userspace<'_> {
                             .allowed_ips(allowed_ips.collect());
                         match settings.get(key) {
                             Some(old) if replaced(change) => {
-                                // Requests of its own: boringtun applies what one peer of a
-                                // request has, `remove` among it, to all that follow.
-                                self.set(vec![removal(*key)])?;
-                                self.set(vec![with_settings(peer, old)])?;
+                                self.replace(*key, with_settings(peer, old))?;
                             }
                             _ if is_boringtun && present.contains_key(key) => {}
                             _ => set.push(peer),
@@ -166,11 +166,33 @@ impl<'a> Userspace<'a> {
     }
 
     fn set(&self, peers: Vec<set::Peer>) -> Result<(), Error> {
-        if peers.is_empty() {
-            return Ok(());
+        match peers.is_empty() {
+            true => Ok(()),
+            false => self.status(self.request(peers)?),
         }
+    }
+
+    /// Removes the peer and adds it as it shall be: two requests, since boringtun applies what one
+    /// peer of a request has, `remove` among it, to all that follow. It answers one after the other,
+    /// so that once the removal is on its way the addition follows, be it past the deadline: no
+    /// time-out loses a peer.
+    fn replace(&self, key: PublicKey, peer: set::Peer) -> Result<(), Error> {
+        let removal = self.request(vec![removal(key)])?;
+        match self.status(removal) {
+            Err(error) if !error.is_timeout() => return Err(error),
+            _ => {}
+        }
+        let deadline = self.deadline.max(Instant::now() + ADDITION);
+        Userspace { device: self.device, path: self.path.clone(), deadline }.set(vec![peer])
+    }
+
+    /// Sends the peers and gives what the answer is read from.
+    fn request(&self, peers: Vec<set::Peer>) -> Result<BufReader<Stream>, Error> {
         let request = set::Device { peers, ..set::Device::default() };
-        let reader = self.exchange(&format!("set=1\n{request}\n"))?;
+        self.exchange(&format!("set=1\n{request}\n"))
+    }
+
+    fn status(&self, reader: BufReader<Stream>) -> Result<(), Error> {
         parse_status(reader).map_err(|error| self.parse_error(error))
     }
 
@@ -274,6 +296,7 @@ impl Write for Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::BufRead;
     use std::os::unix::net::UnixListener;
     use std::path::Path;
     use std::thread;
@@ -363,6 +386,53 @@ mod tests {
         });
         assert!(peers(&path).unwrap_err().is_timeout());
         drip.join().unwrap();
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_is_changed_is_not_lost_to_a_time_out() {
+        let (path, listener) = listen("changed");
+        let [own, key, secret] = ["01", "02", "03"].map(|byte| byte.repeat(32));
+        let now = format!(
+            "own_public_key={own}\npublic_key={key}\npreshared_key={secret}\n\
+             allowed_ip=10.0.0.1/32\nerrno=0\n\n"
+        );
+        // The process answers the removal too late.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let done = "errno=0\n\n";
+        let answers = [(&*now, false), (&*now, false), (done, true), (done, false)];
+        let process = thread::spawn({
+            let answers = answers.map(|(answer, is_late)| (answer.to_owned(), is_late));
+            move || {
+                answers.map(|(answer, is_late)| {
+                    let mut stream = listener.accept().unwrap().0;
+                    let mut request = String::new();
+                    let mut lines = BufReader::new(&stream);
+                    while !request.ends_with("\n\n") {
+                        assert!(lines.read_line(&mut request).unwrap() > 0, "{request:?}");
+                    }
+                    if is_late {
+                        let late = deadline + Duration::from_millis(100);
+                        thread::sleep(late.saturating_duration_since(Instant::now()));
+                    }
+                    // Nobody may be there to read it.
+                    let _ = stream.write_all(answer.as_bytes());
+                    request
+                })
+            }
+        });
+        let device = "wg0".parse().unwrap();
+        let userspace = Userspace { device: &device, path: path.clone(), deadline };
+        let (peer, wanted) = (PublicKey::from([2; 32]), ["10.0.0.2/32".parse().unwrap()]);
+        let change = [Change::Set(&peer, &wanted)];
+        userspace.apply(&change, None, &AtomicUsize::new(0)).unwrap();
+        let [_, _, removal, addition] = process.join().unwrap();
+        assert!(removal.contains("remove=true"), "{removal}");
+        for part in [key, secret, "allowed_ip=10.0.0.2/32".to_owned()] {
+            assert!(addition.contains(&part) && !addition.contains("remove"), "{addition}");
+        }
+        // A change that has not begun at the deadline does not begin.
+        assert!(userspace.apply(&change, None, &AtomicUsize::new(0)).unwrap_err().is_timeout());
         std::fs::remove_file(path).unwrap();
     }
 

@@ -78,8 +78,8 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-/// All that the daemon's library logged. neli logs whole messages, keys and all: the daemon, like
-/// this, is deaf to it.
+/// All that the daemon's library logged. neli, with which the cases disturb dumps, logs whole
+/// messages, keys and all: this is deaf to it.
 static LOG: Log = Log(Mutex::new(String::new()));
 
 /// The log so far.
