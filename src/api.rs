@@ -67,8 +67,8 @@ pub struct Peer<'a> {
     public_key: &'a wireguard::PublicKey,
 }
 
-impl<'a> From<&'a wireguard::Peer> for Peer<'a> {
-    fn from(peer: &'a wireguard::Peer) -> Self {
+impl<'a> From<&'a wireguard::Peer<'_>> for Peer<'a> {
+    fn from(peer: &'a wireguard::Peer<'_>) -> Self {
         Self {
             bytes_in: peer.rx_bytes,
             bytes_out: peer.tx_bytes,
@@ -158,7 +158,10 @@ mod tests {
     fn a_peer_is_as_in_the_contract() {
         let peer = wireguard::Peer {
             public_key: "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=".parse().unwrap(),
-            allowed_ips: vec!["10.43.43.2/32".parse().unwrap(), "fd43::2/128".parse().unwrap()],
+            allowed_ips: ["10.43.43.2/32", "fd43::2/128"]
+                .map(|ip| ip.parse().unwrap())
+                .to_vec()
+                .into(),
             last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_640_698_264)),
             rx_bytes: 19732,
             tx_bytes: 32364,
@@ -167,7 +170,8 @@ mod tests {
             json(&Peer::from(&peer)),
             r#"{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ="}"#
         );
-        let never_seen = wireguard::Peer { last_handshake: None, allowed_ips: vec![], ..peer };
+        let never_seen =
+            wireguard::Peer { last_handshake: None, allowed_ips: vec![].into(), ..peer };
         let text = json(&Peer::from(&never_seen));
         assert!(text.contains(r#""ip_net":[],"last_handshake_time":null,"#), "{text}");
     }

@@ -155,10 +155,12 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
 
 fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
     let show_all = request.query().yes_or_no("show_all")?;
-    let mut peers = node.wireguard.peers(deadline)?;
+    let peers = node.wireguard.peers(deadline)?;
+    if show_all {
+        return stream(api::Stream::peer_list(peers));
+    }
     let now = SystemTime::now();
-    peers.retain(|peer| show_all || online(peer, now));
-    stream(api::Stream::peer_list(peers))
+    stream(api::Stream::peer_list(peers.iter().filter(|peer| online(peer, now)).collect()))
 }
 
 fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
@@ -238,7 +240,7 @@ const KEYS_A_LINE: usize = 20;
 
 fn log_synced(node: &Node, request: &Request, synced: &Synced) {
     let (device, caller) = (node.wireguard.device(), &request.caller);
-    for peer in &synced.removed {
+    for peer in synced.removed.iter() {
         info!(
             "peer {} on {device}: removed after {} bytes in, {} bytes out, asked by {caller}",
             peer.public_key, peer.rx_bytes, peer.tx_bytes

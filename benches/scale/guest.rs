@@ -269,10 +269,7 @@ impl Device {
     }
 
     fn daemon(&self) -> Daemon {
-        Daemon::start_with(&["-wg-device", &self.name], |command| {
-            // As the unit does.
-            command.env("MALLOC_ARENA_MAX", "2").env("MALLOC_TRIM_THRESHOLD_", "131072");
-        })
+        Daemon::start(&["-wg-device", &self.name])
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 
 use super::{Peer, connections};
 use crate::openvpn::{Clients, Listing};
-use crate::wireguard::{self, PublicKey, Synced};
+use crate::wireguard::{Peers, PublicKey, Synced};
 
 /// How much is written at a time.
 const PIECE: usize = 16 * 1024;
@@ -27,7 +27,7 @@ pub struct Stream {
 enum Part {
     Text(String),
     Keys(Vec<PublicKey>),
-    Peers(Vec<wireguard::Peer>),
+    Peers(Peers),
     /// Those of one process are one item; none is empty.
     Clients(Vec<Clients>),
 }
@@ -51,7 +51,7 @@ impl Part {
             Self::Peers(peers) => match peers.get(item) {
                 Some(peer) => {
                     to.write_all(comma)?;
-                    serde_json::to_writer(to, &Peer::from(peer))?;
+                    serde_json::to_writer(to, &Peer::from(&peer))?;
                 }
                 None => return Ok(false),
             },
@@ -70,7 +70,7 @@ impl Part {
 
 impl Stream {
     /// `GET /w/peer_list`, in the device's order.
-    pub fn peer_list(peers: Vec<wireguard::Peer>) -> io::Result<Self> {
+    pub fn peer_list(peers: Peers) -> io::Result<Self> {
         Self::new(vec![
             Part::Text(r#"{"peer_list":["#.to_owned()),
             Part::Peers(peers),
@@ -168,8 +168,9 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     use crate::openvpn::{Client, Failure, SocketError};
+    use crate::wireguard;
 
-    fn peers(count: u32) -> Vec<wireguard::Peer> {
+    fn peers(count: u32) -> Peers {
         let peer = |number: u32| wireguard::Peer {
             public_key: [number.to_le_bytes(); 8]
                 .concat()
@@ -198,7 +199,8 @@ mod tests {
     fn lists() {
         for count in [0, 1, 2, 1000] {
             let peers = peers(count);
-            let plain: Vec<_> = peers.iter().map(Peer::from).collect();
+            let listed: Vec<_> = peers.iter().collect();
+            let plain: Vec<_> = listed.iter().map(Peer::from).collect();
             let plain = serde_json::to_string(&serde_json::json!({ "peer_list": plain })).unwrap();
             assert_eq!(text(Stream::peer_list(peers).unwrap()), plain);
         }
@@ -234,7 +236,8 @@ mod tests {
 
     #[test]
     fn results() {
-        let empty = Synced { added: vec![], updated: vec![], removed: vec![], unchanged: 0 };
+        let empty =
+            Synced { added: vec![], updated: vec![], removed: Peers::default(), unchanged: 0 };
         assert_eq!(
             text(Stream::synced(empty).unwrap()),
             r#"{"added":[],"updated":[],"removed":[],"unchanged":0}"#

@@ -21,13 +21,13 @@ use super::uapi::{
     WGPEER_A_ALLOWEDIPS, WGPEER_A_LAST_HANDSHAKE_TIME, WGPEER_A_PUBLIC_KEY, WGPEER_A_RX_BYTES,
     WGPEER_A_TX_BYTES,
 };
-use super::{AllowedIp, DeviceName, Peer, PublicKey, Snapshot};
+use super::{AllowedIp, DeviceName, Peer, Peers, PublicKey, Snapshot};
 
 /// What the pages say so far.
 #[derive(Default, PartialEq, Eq, Debug)]
 struct Report {
     own_key: Option<PublicKey>,
-    peers: Vec<Peer>,
+    peers: Peers,
     /// The device was changed between two pages.
     interrupted: bool,
     /// The dump has come to its end.
@@ -86,7 +86,7 @@ impl Report {
                             (WGDEVICE_A_PUBLIC_KEY, key) => self.own_key = Some(parse_key(key)?),
                             (WGDEVICE_A_PEERS, peers) => {
                                 for peer in attributes(peers) {
-                                    self.add(parse_peer(peer?.1)?);
+                                    self.add(&parse_peer(peer?.1)?);
                                 }
                             }
                             _ => {}
@@ -100,12 +100,9 @@ impl Report {
     }
 
     /// A peer whose allowed IPs go on in another message has nothing else there but its key.
-    fn add(&mut self, peer: Peer) {
-        match self.peers.last_mut() {
-            Some(last) if last.public_key == peer.public_key => {
-                last.allowed_ips.extend(peer.allowed_ips);
-            }
-            _ => self.peers.push(peer),
+    fn add(&mut self, peer: &Peer) {
+        if !self.peers.extend_last(&peer.public_key, &peer.allowed_ips) {
+            self.peers.push(peer);
         }
     }
 }
@@ -128,7 +125,7 @@ fn parse_own_key(page: &[u8], family: u16) -> Result<Option<PublicKey>, Errno> {
     Ok(None)
 }
 
-fn parse_peer(peer: &[u8]) -> Result<Peer, Errno> {
+fn parse_peer(peer: &[u8]) -> Result<Peer<'static>, Errno> {
     let mut public_key = None;
     let (mut rx_bytes, mut tx_bytes, mut last_handshake) = (0, 0, None);
     let mut allowed_ips = Vec::new();
@@ -139,8 +136,6 @@ fn parse_peer(peer: &[u8]) -> Result<Peer, Errno> {
             (WGPEER_A_RX_BYTES, bytes) => rx_bytes = parse_u64(bytes)?,
             (WGPEER_A_TX_BYTES, bytes) => tx_bytes = parse_u64(bytes)?,
             (WGPEER_A_ALLOWEDIPS, nested) => {
-                // Exactly as long as needed: there may be a hundred thousand peers.
-                allowed_ips.reserve_exact(attributes(nested).count());
                 for allowed_ip in attributes(nested) {
                     allowed_ips.push(parse_allowed_ip(allowed_ip?.1)?);
                 }
@@ -149,7 +144,7 @@ fn parse_peer(peer: &[u8]) -> Result<Peer, Errno> {
         }
     }
     let public_key = public_key.ok_or(MALFORMED)?;
-    Ok(Peer { public_key, allowed_ips, last_handshake, rx_bytes, tx_bytes })
+    Ok(Peer { public_key, allowed_ips: allowed_ips.into(), last_handshake, rx_bytes, tx_bytes })
 }
 
 fn parse_allowed_ip(allowed_ip: &[u8]) -> Result<AllowedIp, Errno> {
@@ -265,14 +260,14 @@ mod tests {
         let report = read(&[first_page(), last_page()]).unwrap();
         let nobody = |key| Peer {
             public_key: [key; 32].into(),
-            allowed_ips: vec![],
+            allowed_ips: vec![].into(),
             last_handshake: None,
             rx_bytes: 0,
             tx_bytes: 0,
         };
         let fd = "fdfd:fdfd:fdfd:fdfd:fdfd:fdfd:fdfd:fdfd/128";
         let second = Peer {
-            allowed_ips: ["10.0.0.0/8", fd].map(|ip| ip.parse().unwrap()).into(),
+            allowed_ips: ["10.0.0.0/8", fd].map(|ip| ip.parse().unwrap()).to_vec().into(),
             last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::new(1_640_698_264, 5)),
             rx_bytes: 7,
             tx_bytes: 9,
@@ -280,7 +275,7 @@ mod tests {
         };
         let expected = Report {
             own_key: Some([8; 32].into()),
-            peers: vec![nobody(1), second, nobody(3)],
+            peers: [nobody(1), second, nobody(3)].into_iter().collect(),
             interrupted: false,
             complete: true,
         };
@@ -340,7 +335,8 @@ mod tests {
                 tx_bytes,
             }
         };
-        let peers = vec![peer(1, 148, &["10.0.0.0/8", "fd00::/64"]), peer(2, 0, &["10.1.0.2/32"])];
+        let peers = [peer(1, 148, &["10.0.0.0/8", "fd00::/64"]), peer(2, 0, &["10.1.0.2/32"])];
+        let peers = peers.into_iter().collect();
         let expected = Report { own_key: Some(own_key), peers, interrupted: false, complete: true };
         assert_eq!(report, expected);
         assert!(!format!("{report:?}").contains("238, 238"), "the private key");

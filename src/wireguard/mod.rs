@@ -4,6 +4,7 @@ mod dump;
 mod error;
 mod kernel;
 mod netlink;
+mod peers;
 mod reply;
 mod sync;
 mod turns;
@@ -24,6 +25,7 @@ use nix::net::if_::if_nametoindex;
 
 pub use error::{Error, SyncError};
 use kernel::Kernel;
+pub use peers::Peers;
 use sync::Difference;
 pub use sync::{Conflict, Synced, Wanted, WantedBuilder};
 use turns::Turns;
@@ -61,7 +63,7 @@ trait Backend {
 struct Snapshot {
     /// Its own public key; wireguard-go does not tell.
     own_key: Option<PublicKey>,
-    peers: Vec<Peer>,
+    peers: Peers,
 }
 
 /// A change to a device.
@@ -92,7 +94,7 @@ impl WireGuard {
     }
 
     /// All peers. Answers or fails by `deadline`.
-    pub fn peers(&self, deadline: Instant) -> Result<Vec<Peer>, Error> {
+    pub fn peers(&self, deadline: Instant) -> Result<Peers, Error> {
         self.run(
             deadline,
             |backend| Ok(backend.snapshot()?.peers),
@@ -117,14 +119,19 @@ impl WireGuard {
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
-    pub fn remove_peer(&self, key: &PublicKey, deadline: Instant) -> Result<Option<Peer>, Error> {
+    pub fn remove_peer(
+        &self,
+        key: &PublicKey,
+        deadline: Instant,
+    ) -> Result<Option<Peer<'static>>, Error> {
         let key = *key;
         let operation = move |backend: &dyn Backend| {
             let before = backend.snapshot()?;
-            if before.peers.iter().any(|peer| peer.public_key == key) {
-                backend.apply(&[Change::Remove(&key)], Some(&before), &AtomicUsize::new(0))?;
-            }
-            Ok(before.peers.into_iter().find(|peer| peer.public_key == key))
+            let Some(peer) = before.peers.iter().find(|peer| peer.public_key == key) else {
+                return Ok(None);
+            };
+            backend.apply(&[Change::Remove(&key)], Some(&before), &AtomicUsize::new(0))?;
+            Ok(Some(peer.into_owned()))
         };
         self.run(deadline, operation, move |removed| match removed {
             Some(Peer { rx_bytes: rx, tx_bytes: tx, .. }) => {
@@ -166,7 +173,7 @@ impl WireGuard {
             if failure.is_some() {
                 difference.truncate(shared.1.load(Ordering::Relaxed));
             }
-            Ok((failure, difference.into_synced(before.peers, &wanted)))
+            Ok((failure, difference.into_synced(&before.peers, &wanted)))
         };
         let result = self.run(deadline, operation, move |(_, synced): (_, Synced)| {
             let (added, updated) = (synced.added.len(), synced.updated.len());

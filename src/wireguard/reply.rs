@@ -8,21 +8,29 @@ use std::time::{Duration, SystemTime};
 use wireguard_uapi::get;
 use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
 
-use super::{AllowedIp, Peer, PublicKey, Snapshot};
+use super::{AllowedIp, Peer, Peers, PublicKey, Snapshot};
 
 /// The longest line and the longest answer that are read. A line holds a key or an address; a
 /// peer takes some 400 bytes.
 const LINE_LIMIT: u64 = 1024;
 const REPLY_LIMIT: u64 = 64 << 20;
 
+/// The peers that the crate's parser gets at a time.
+const PARSED_PEERS: usize = 256;
+
 /// The lines of an answer as the crate's parser can take them: only the keys that are needed (it
 /// refuses unknown ones), after a `listen_port` (it panics without), with the handshake times
-/// reset at each peer (it keeps those of the peer before), up to the empty line at the end.
+/// reset at each peer (it keeps those of the peer before), up to the empty line at the end, and not
+/// too many peers at a time (it takes some 250 bytes for each).
 struct Lines<R> {
     reader: R,
     read: u64,
-    /// Lines to give before the next one is read.
+    /// Lines to give before the next one is read, the last one first.
     inserted: Vec<&'static str>,
+    /// Peers since the parser began.
+    peers: usize,
+    /// The first line of a peer that the parser has to begin anew for.
+    next_peer: Option<String>,
     own_key: Option<PublicKey>,
     has_status: bool,
     /// Whether the peers' secrets and settings are needed as well.
@@ -31,8 +39,31 @@ struct Lines<R> {
 
 impl<R: BufRead> Lines<R> {
     fn new(reader: R, with_settings: bool) -> Self {
-        let inserted = vec!["listen_port=0"];
-        Self { reader, read: 0, inserted, own_key: None, has_status: false, with_settings }
+        Self {
+            reader,
+            read: 0,
+            inserted: vec![],
+            peers: 0,
+            next_peer: None,
+            own_key: None,
+            has_status: false,
+            with_settings,
+        }
+    }
+
+    /// Parses the whole answer; `take` gets the peers as they come, not too many at a time.
+    fn parse(
+        &mut self,
+        mut take: impl FnMut(Vec<get::Peer>) -> Result<(), ParseGetResponseError>,
+    ) -> Result<(), ParseGetResponseError> {
+        loop {
+            self.inserted = vec!["listen_port=0"];
+            self.peers = 0;
+            take(parse(&mut *self)?.peers)?;
+            if self.next_peer.is_none() {
+                return Ok(());
+            }
+        }
     }
 
     fn read_line(&mut self) -> io::Result<String> {
@@ -52,6 +83,9 @@ impl<R: BufRead> Lines<R> {
         if let Some(line) = self.inserted.pop() {
             return Ok(line.to_owned());
         }
+        if let Some(line) = self.next_peer.take() {
+            return Ok(self.begin_peer(line));
+        }
         let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
         loop {
             let line = self.read_line()?;
@@ -59,10 +93,12 @@ impl<R: BufRead> Lines<R> {
             match key {
                 "" if line.is_empty() && !self.has_status => return bad("its answer has no errno"),
                 "" if line.is_empty() => return Ok(line),
-                "public_key" => {
-                    self.inserted = vec!["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
-                    return Ok(line);
+                "public_key" if self.peers == PARSED_PEERS => {
+                    self.next_peer = Some(line);
+                    self.inserted = vec![""];
+                    return Ok("errno=0".to_owned());
                 }
+                "public_key" => return Ok(self.begin_peer(line)),
                 "own_public_key" => match parse_hex_key(value) {
                     Some(key) => self.own_key = Some(key),
                     None => return bad("its own public key is malformed"),
@@ -93,6 +129,14 @@ impl<R: BufRead> Lines<R> {
     }
 }
 
+impl<R> Lines<R> {
+    fn begin_peer(&mut self, line: String) -> String {
+        self.peers += 1;
+        self.inserted = vec!["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
+        line
+    }
+}
+
 impl<R: BufRead> Iterator for Lines<R> {
     type Item = io::Result<String>;
     fn next(&mut self) -> Option<Self::Item> {
@@ -114,15 +158,12 @@ fn parse_hex_key(text: &str) -> Option<PublicKey> {
 
 /// Takes what is needed from the crate's peer and leaves its preshared key behind; `None` where an
 /// allowed IP is impossible.
-fn from_crate(peer: get::Peer) -> Option<Peer> {
-    // Exactly as long as needed: there may be a hundred thousand.
-    let mut allowed_ips = Vec::with_capacity(peer.allowed_ips.len());
-    for ip in &peer.allowed_ips {
-        allowed_ips.push(AllowedIp::new(ip.ipaddr, ip.cidr_mask)?);
-    }
+fn from_crate(peer: get::Peer) -> Option<Peer<'static>> {
+    let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
+    let allowed_ips: Vec<_> = allowed_ips.collect::<Option<_>>()?;
     Some(Peer {
         public_key: peer.public_key.into(),
-        allowed_ips,
+        allowed_ips: allowed_ips.into(),
         last_handshake: Some(peer.last_handshake_time)
             .filter(|time| *time != Duration::ZERO)
             .and_then(|time| SystemTime::UNIX_EPOCH.checked_add(time)),
@@ -137,16 +178,20 @@ pub(super) fn parse_device(
     now: SystemTime,
 ) -> Result<Snapshot, ParseGetResponseError> {
     let mut lines = Lines::new(reader, false);
-    let device = parse(&mut lines)?;
-    let malformed = || {
-        let error = io::Error::new(io::ErrorKind::InvalidData, "it has an impossible allowed IP");
-        ParseGetResponseError::ReadLineIoError(error)
-    };
-    let peers = device.peers.into_iter().map(from_crate);
-    let mut peers = peers.collect::<Option<Vec<_>>>().ok_or_else(malformed)?;
+    let mut peers = Peers::default();
+    lines.parse(|some| {
+        for peer in some {
+            peers.push(&from_crate(peer).ok_or_else(|| {
+                let what = "it has an impossible allowed IP";
+                let error = io::Error::new(io::ErrorKind::InvalidData, what);
+                ParseGetResponseError::ReadLineIoError(error)
+            })?);
+        }
+        Ok(())
+    })?;
     if lines.own_key.is_some() {
         // boringtun tells how long ago the handshake was, not when.
-        for time in peers.iter_mut().filter_map(|peer| peer.last_handshake.as_mut()) {
+        for time in peers.handshakes_mut() {
             let age = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             *time = now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
         }
@@ -159,12 +204,17 @@ pub(super) fn parse_device(
 pub(super) fn parse_settings(
     reader: impl BufRead,
 ) -> Result<Vec<get::Peer>, ParseGetResponseError> {
-    parse(&mut Lines::new(reader, true)).map(|device| device.peers)
+    let mut peers = Vec::new();
+    Lines::new(reader, true).parse(|some| {
+        peers.extend(some);
+        Ok(())
+    })?;
+    Ok(peers)
 }
 
 /// Parses the answer to `set=1`.
 pub(super) fn parse_status(reader: impl BufRead) -> Result<(), ParseGetResponseError> {
-    parse(&mut Lines::new(reader, false)).map(drop)
+    Lines::new(reader, false).parse(|_| Ok(()))
 }
 
 #[cfg(test)]
@@ -182,7 +232,7 @@ mod tests {
         parse_device(text.as_bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000))
     }
 
-    fn seconds(peer: &Peer) -> Option<u64> {
+    fn seconds(peer: Peer) -> Option<u64> {
         let time = peer.last_handshake?;
         Some(time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs())
     }
@@ -210,9 +260,10 @@ mod tests {
             device.peers.iter().map(seconds).collect::<Vec<_>>(),
             [Some(1_600_000_000), None, None]
         );
-        assert_eq!((device.peers[0].rx_bytes, device.peers[0].tx_bytes), (2224, 38333));
-        assert_eq!((device.peers[1].rx_bytes, device.peers[1].allowed_ips.len()), (u64::MAX, 0));
-        let ips: Vec<_> = device.peers[0].allowed_ips.iter().map(ToString::to_string).collect();
+        let [one, two] = [0, 1].map(|place| device.peers.get(place).unwrap());
+        assert_eq!((one.rx_bytes, one.tx_bytes), (2224, 38333));
+        assert_eq!((two.rx_bytes, two.allowed_ips.len()), (u64::MAX, 0));
+        let ips: Vec<_> = one.allowed_ips.iter().map(ToString::to_string).collect();
         assert_eq!(ips, ["192.168.4.4/32", "fd00::/64"]);
     }
 
@@ -234,9 +285,34 @@ mod tests {
     }
 
     #[test]
+    fn more_peers_than_are_parsed_at_a_time() {
+        for count in [PARSED_PEERS - 1, PARSED_PEERS, PARSED_PEERS + 1, 3 * PARSED_PEERS] {
+            let peer = |number| {
+                let seen = if number % 2 == 0 { "last_handshake_time_sec=5\n" } else { "" };
+                format!(
+                    "public_key={number:064x}\n{seen}allowed_ip=10.0.0.0/8\nrx_bytes={number}\n"
+                )
+            };
+            let peers: String = (0..count).map(peer).collect();
+            let device = parse_text(&format!("{peers}errno=0\n\n")).unwrap();
+            assert!(device.peers.iter().map(|peer| peer.rx_bytes).eq(0..count as u64));
+            for (peer, number) in device.peers.iter().zip(0..) {
+                assert_eq!(peer.public_key, parse_hex_key(&format!("{number:064x}")).unwrap());
+                assert_eq!(peer.allowed_ips.len(), 1);
+                assert_eq!(peer.last_handshake.is_some(), number % 2 == 0);
+            }
+            // What is wrong at the end counts, and is that of the device.
+            for (end, what) in [("errno=-5\n\n", "5"), ("", "ends early"), ("\n", "no errno")] {
+                let error = parse_text(&format!("{peers}{end}")).map(drop).unwrap_err();
+                assert!(error.to_string().contains(what), "{count} {end:?}: {error}");
+            }
+        }
+    }
+
+    #[test]
     fn no_peers() {
-        assert_eq!(parse_text("errno=0\n\n").unwrap().peers, []);
-        assert_eq!(parse_text("listen_port=1\nerrno=0\n\n").unwrap().peers, []);
+        assert_eq!(parse_text("errno=0\n\n").unwrap().peers.len(), 0);
+        assert_eq!(parse_text("listen_port=1\nerrno=0\n\n").unwrap().peers.len(), 0);
         assert!(parse_status(&b"errno=0\n\n"[..]).is_ok());
     }
 
@@ -319,7 +395,7 @@ mod tests {
         assert_eq!(from_crate(impossible), None);
         let expected = Peer {
             public_key: [1; 32].into(),
-            allowed_ips: vec!["10.0.0.0/8".parse().unwrap()],
+            allowed_ips: vec!["10.0.0.0/8".parse().unwrap()].into(),
             last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
             rx_bytes: 3,
             tx_bytes: 4,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{AllowedIp, Change, Peer, PublicKey};
+use super::{AllowedIp, Change, Peers, PublicKey};
 
 /// The peers that a device is to have: each key once, each allowed IP at one peer.
 #[derive(Debug, Default)]
@@ -134,14 +134,14 @@ pub struct Synced {
     /// Peers whose allowed IPs were replaced, in the order of the list.
     pub updated: Vec<PublicKey>,
     /// Peers that are gone, with their final counters, in the device's order.
-    pub removed: Vec<Peer>,
+    pub removed: Peers,
     /// How many peers were right already.
     pub unchanged: usize,
 }
 
 impl Difference {
     /// Compares what is there with what is wanted.
-    pub(super) fn new(present: &[Peer], wanted: &Wanted) -> Self {
+    pub(super) fn new(present: &Peers, wanted: &Wanted) -> Self {
         let mut difference = Self::default();
         let mut seen = vec![false; wanted.keys.len()];
         let mut sorted = Vec::new();
@@ -153,7 +153,8 @@ impl Difference {
             if let Some(seen) = seen.get_mut(found) {
                 *seen = true;
             }
-            sorted.clone_from(&peer.allowed_ips);
+            sorted.clear();
+            sorted.extend_from_slice(&peer.allowed_ips);
             sorted.sort_unstable();
             sorted.dedup();
             match wanted.get(found) {
@@ -174,9 +175,9 @@ impl Difference {
     /// IP only from one that is not to have it. Such a one differs from what is wanted and is set
     /// itself, unless losing that allowed IP made it right. So the changes may also be cut anywhere
     /// and the rest be found by comparing again.
-    pub(super) fn changes<'a>(&self, present: &'a [Peer], wanted: &'a Wanted) -> Vec<Change<'a>> {
-        let removed = self.removed.iter().filter_map(|place| present.get(*place));
-        let removed = removed.map(|peer| Change::Remove(&peer.public_key));
+    pub(super) fn changes<'a>(&self, present: &'a Peers, wanted: &'a Wanted) -> Vec<Change<'a>> {
+        let removed = self.removed.iter().filter_map(|place| present.key(*place));
+        let removed = removed.map(Change::Remove);
         let set = self.updated.iter().chain(&self.added).filter_map(|place| wanted.get(*place));
         removed.chain(set.map(|(key, allowed_ips)| Change::Set(key, allowed_ips))).collect()
     }
@@ -190,18 +191,14 @@ impl Difference {
     }
 
     /// The same in words, with the peers themselves.
-    pub(super) fn into_synced(self, present: Vec<Peer>, wanted: &Wanted) -> Synced {
+    pub(super) fn into_synced(self, present: &Peers, wanted: &Wanted) -> Synced {
         let keys = |places: Vec<usize>| {
             places.into_iter().filter_map(|place| wanted.keys.get(place).copied()).collect()
         };
-        let mut removed = self.removed.into_iter().peekable();
-        let present = present.into_iter().enumerate();
         Synced {
             added: keys(self.added),
             updated: keys(self.updated),
-            removed: present
-                .filter_map(|(place, peer)| removed.next_if_eq(&place).map(|_| peer))
-                .collect(),
+            removed: self.removed.iter().filter_map(|place| present.get(*place)).collect(),
             unchanged: self.unchanged,
         }
     }
@@ -209,6 +206,7 @@ impl Difference {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Peer;
     use super::*;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -229,8 +227,9 @@ mod tests {
         builder.build()
     }
 
-    fn peer(key: PublicKey, allowed_ips: Vec<AllowedIp>) -> Peer {
-        Peer { public_key: key, allowed_ips, last_handshake: None, rx_bytes: 0, tx_bytes: 0 }
+    fn peer(public_key: PublicKey, allowed_ips: Vec<AllowedIp>) -> Peer<'static> {
+        let allowed_ips = allowed_ips.into();
+        Peer { public_key, allowed_ips, last_handshake: None, rx_bytes: 0, tx_bytes: 0 }
     }
 
     #[test]
@@ -265,12 +264,14 @@ mod tests {
 
     #[test]
     fn differences() {
-        let present = [
+        let present: Peers = [
             peer(key(1), ips(&["10.0.0.2/32", "10.0.0.1/32"])),
             peer(key(2), ips(&["10.0.1.1/32"])),
             peer(key(3), ips(&["10.0.2.1/32"])),
             peer(key(4), ips(&[])),
-        ];
+        ]
+        .into_iter()
+        .collect();
         let wanted = wanted(&[
             (5, &["10.0.2.1/32"]),
             (4, &[]),
@@ -288,11 +289,11 @@ mod tests {
         let expected = Synced {
             added: vec![key(5)],
             updated: vec![key(2)],
-            removed: vec![present[2].clone()],
+            removed: present.get(2).into_iter().collect(),
             unchanged: 2,
         };
-        assert_eq!(difference.into_synced(present.to_vec(), &wanted), expected);
-        let nothing = Difference::new(&[], &Wanted::default());
+        assert_eq!(difference.into_synced(&present, &wanted), expected);
+        let nothing = Difference::new(&Peers::default(), &Wanted::default());
         assert_eq!(nothing, Difference::default());
     }
 
@@ -311,7 +312,7 @@ mod tests {
         }
     }
 
-    fn peers(model: &Model) -> Vec<Peer> {
+    fn peers(model: &Model) -> Peers {
         model.iter().map(|(key, ips)| peer(*key, ips.iter().copied().collect())).collect()
     }
 

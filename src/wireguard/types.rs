@@ -1,5 +1,6 @@
 //! What the WireGuard backends speak of: device names, keys, allowed IPs and peers, checked once at the edge.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -32,17 +33,24 @@ pub struct AllowedIp {
 
 /// A peer as the device knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Peer {
+pub struct Peer<'a> {
     /// Who the peer is.
     pub public_key: PublicKey,
     /// What it may send and is sent.
-    pub allowed_ips: Vec<AllowedIp>,
+    pub allowed_ips: Cow<'a, [AllowedIp]>,
     /// When the last handshake was; `None` for a peer never seen.
     pub last_handshake: Option<SystemTime>,
     /// Bytes received from the peer.
     pub rx_bytes: u64,
     /// Bytes sent to the peer.
     pub tx_bytes: u64,
+}
+
+impl Peer<'_> {
+    /// The same, out of the list that it comes from.
+    pub fn into_owned(self) -> Peer<'static> {
+        Peer { allowed_ips: self.allowed_ips.into_owned().into(), ..self }
+    }
 }
 
 /// Why text is no public key, allowed IP or device name: completes a sentence that begins with

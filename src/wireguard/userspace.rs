@@ -62,7 +62,7 @@ impl Backend for Userspace<'_> {
         let fresh = before.is_none().then(|| self.snapshot()).transpose()?;
         let Some(before) = before.or(fresh.as_ref()) else { return Ok(()) };
         let is_boringtun = before.own_key.is_some();
-        let present = before.peers.iter().map(|peer| (&peer.public_key, &peer.allowed_ips));
+        let present = before.peers.iter().map(|peer| (peer.public_key, peer.allowed_ips));
         let present: HashMap<_, _> = present.collect();
         let mut added = false;
         for change in changes {
@@ -115,7 +115,7 @@ impl Backend for Userspace<'_> {
         // wireguard-go silently ignores a peer with the device's own key.
         if added && !is_boringtun {
             let after = self.snapshot()?;
-            let listed: HashSet<_> = after.peers.iter().map(|peer| &peer.public_key).collect();
+            let listed: HashSet<_> = after.peers.iter().map(|peer| peer.public_key).collect();
             let missing = changes.iter().find_map(|change| match change {
                 Change::Set(key, _) if !listed.contains(key) => Some(**key),
                 _ => None,
@@ -301,7 +301,7 @@ mod tests {
     use std::path::Path;
     use std::thread;
 
-    use super::super::Peer;
+    use super::super::Peers;
 
     /// A socket of its own for a test.
     fn listen(name: &str) -> (PathBuf, UnixListener) {
@@ -311,7 +311,7 @@ mod tests {
     }
 
     /// What `peers` gives within 300 ms.
-    fn peers(path: &Path) -> Result<Vec<Peer>, Error> {
+    fn peers(path: &Path) -> Result<Peers, Error> {
         let device = "wg0".parse().unwrap();
         let deadline = Instant::now() + Duration::from_millis(300);
         Userspace { device: &device, path: path.to_owned(), deadline }

@@ -219,14 +219,15 @@ impl Device {
     }
 
     /// All peers as the backend sees them, in order of the public key.
-    pub fn peers(&self) -> Vec<Peer> {
-        let mut peers = self.wireguard.peers(soon()).unwrap_or_else(|e| panic!("{e}"));
+    pub fn peers(&self) -> Vec<Peer<'static>> {
+        let peers = self.wireguard.peers(soon()).unwrap_or_else(|e| panic!("{e}"));
+        let mut peers: Vec<_> = peers.iter().map(Peer::into_owned).collect();
         peers.sort_by_key(|peer| peer.public_key.to_string());
         peers
     }
 
     /// The peer of this key as the backend sees it.
-    pub fn peer(&self, key: &PublicKey) -> Peer {
+    pub fn peer(&self, key: &PublicKey) -> Peer<'static> {
         self.peers().into_iter().find(|peer| peer.public_key == *key).expect("the peer is there")
     }
 
@@ -234,7 +235,7 @@ impl Device {
         self.wireguard.add_peer(key, allowed_ips, soon()).unwrap_or_else(|e| panic!("{e}"));
     }
 
-    pub fn remove(&self, key: &PublicKey) -> Option<Peer> {
+    pub fn remove(&self, key: &PublicKey) -> Option<Peer<'static>> {
         self.wireguard.remove_peer(key, soon()).unwrap_or_else(|e| panic!("{e}"))
     }
 
