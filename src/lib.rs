@@ -35,9 +35,10 @@ use listener::{FrontDoor, Inner, InnerDirectory};
 use server::Server;
 
 /// Descriptors of one connection with a request under way: its socket, the connection to
-/// tiny_http, of which tiny_http holds two and the front door one, and the socket of a connection
-/// that has lost its place and whose thread has yet to notice.
-const DESCRIPTORS_PER_CONNECTION: u64 = 5;
+/// tiny_http, of which tiny_http holds two and the front door one, two that OpenVPN processes are
+/// waited for with, and the socket of a connection that has lost its place and whose thread has yet
+/// to notice.
+const DESCRIPTORS_PER_CONNECTION: u64 = 7;
 
 /// Descriptors for everything else: logging, WireGuard, and a conversation with each of several
 /// hundred OpenVPN processes.

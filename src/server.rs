@@ -5,6 +5,7 @@ use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::thread;
 
 use log::error;
@@ -31,6 +32,8 @@ struct Pool {
     /// Threads that wait for a request.
     waiting: AtomicUsize,
     stopping: AtomicBool,
+    /// Takes requests that there is no thread for and whose bodies are still coming.
+    refusals: Sender<Request>,
 }
 
 impl Server {
@@ -41,12 +44,18 @@ impl Server {
         failed: impl Fn(&io::Error) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let http = tiny_http::Server::from_listener(inner, None).map_err(io::Error::other)?;
+        let (refusals, requests) = mpsc::channel();
+        thread::Builder::new()
+            .name("refusals".to_owned())
+            .stack_size(STACK)
+            .spawn(move || requests.into_iter().for_each(refuse))?;
         let pool = Arc::new(Pool {
             http,
             node,
             failed: Box::new(failed),
             waiting: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
+            refusals,
         });
         for _ in 0..WAITING {
             Pool::grow(&pool)?;
@@ -89,8 +98,7 @@ impl Pool {
                 // This thread has to be back at once.
                 Err(error) if !request.is_immediate() => {
                     error!("no thread for a request: {error}");
-                    let sentence = "the daemon has run out of threads; try again";
-                    send(http, Answer::Failure(Error::new(503, sentence)));
+                    pool.refuse(http);
                 }
                 _ => respond(http, &request, &pool.node),
             }
@@ -100,6 +108,22 @@ impl Pool {
             }
         }
     }
+
+    /// Says that there is no thread, without waiting for the client.
+    fn refuse(&self, http: Request) {
+        // The front door has the whole of a shorter body before it passes its request on.
+        match http.body_length() {
+            Some(length) if length as u64 > head::MAX_FORM => drop(self.refusals.send(http)),
+            _ => refuse(http),
+        }
+    }
+}
+
+fn refuse(mut http: Request) {
+    // tiny_http reads a body to its end, whatever the answer, into a buffer of that size.
+    let _ = io::copy(http.as_reader(), &mut io::sink());
+    let sentence = "the daemon has run out of threads; try again";
+    send(http, Answer::Failure(Error::new(503, sentence)));
 }
 
 fn view(http: &Request) -> routes::Request {
@@ -171,4 +195,53 @@ fn send(http: Request, answer: Answer) {
         .with_chunked_threshold(usize::MAX);
     // An error means that the front door has dropped the client.
     let _ = http.respond(response);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use crate::{openvpn::OpenVpn, uploads::Uploads, wireguard::WireGuard};
+
+    #[test]
+    fn a_body_that_comes_slowly_is_waited_for_elsewhere() {
+        let path = std::env::temp_dir().join(format!("server-{}.sock", std::process::id()));
+        let node = Node {
+            wireguard: WireGuard::new("wg0".parse().unwrap()),
+            openvpn: OpenVpn::new("/nonexistent".into()),
+            cpu_count: 1,
+            uploads: Uploads::default(),
+        };
+        let empty = UnixListener::bind(path.with_extension("empty")).unwrap();
+        let server = Server::start(empty, node, |_| {}).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        let http = tiny_http::Server::from_listener(listener, None).unwrap();
+        for length in [0, 100_000] {
+            let mut client = UnixStream::connect(&path).unwrap();
+            write!(client, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n")
+                .unwrap();
+            client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let request = http.recv().unwrap();
+            let (go_on, refused) = mpsc::channel();
+            let late = thread::spawn(move || {
+                // Much later than any refusal that does not wait for the body.
+                let in_time = refused.recv_timeout(Duration::from_secs(20)).is_ok();
+                client.write_all(&vec![b' '; length]).unwrap();
+                let mut answer = [0; 12];
+                client.read_exact(&mut answer).unwrap();
+                assert!(in_time, "it waited for {length} bytes");
+                answer
+            });
+            server.0.refuse(request);
+            let _ = go_on.send(());
+            assert_eq!(&late.join().unwrap(), b"HTTP/1.1 503");
+        }
+        server.stop();
+        for path in [path.with_extension("empty"), path] {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
 }

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
@@ -45,18 +46,48 @@ pub(super) struct Outcome<D> {
     pub(super) result: Result<(), SocketError>,
 }
 
-/// Has the conversation `new()` with each socket, all at once, until `deadline`, on up to `cpus`
-/// threads. Outcomes have the order of the sockets. Fails only when the system has no
+/// Threads that calls may start beside their own. All calls share them: they are as many as there are
+/// other CPUs, and each takes two descriptors for as long as a process hangs.
+pub(super) struct Helpers(AtomicUsize);
+
+/// Helpers of one call, given back when dropped.
+struct Loan<'a> {
+    helpers: &'a Helpers,
+    count: usize,
+}
+
+impl Helpers {
+    /// For a process that may run on that many CPUs.
+    pub(super) fn new(cpus: usize) -> Self {
+        Self(AtomicUsize::new(cpus.saturating_sub(1)))
+    }
+
+    /// As many as are free, at most `wanted`.
+    fn borrow(&self, wanted: usize) -> Loan<'_> {
+        let rest = |free: usize| Some(free.saturating_sub(wanted));
+        let free = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).unwrap_or(0);
+        Loan { helpers: self, count: free.min(wanted) }
+    }
+}
+
+impl Drop for Loan<'_> {
+    fn drop(&mut self) {
+        self.helpers.0.fetch_add(self.count, Ordering::Relaxed);
+    }
+}
+
+/// Has the conversation `new()` with each socket, all at once, until `deadline`, with the `helpers`
+/// that are free. Outcomes have the order of the sockets. Fails only when the system has no
 /// descriptors left to wait with.
 pub(super) fn ask<D: Dialogue + Send>(
     turns: &Turns,
     sockets: &[PathBuf],
     new: impl Fn() -> D + Sync,
     deadline: Instant,
-    cpus: usize,
+    helpers: &Helpers,
 ) -> Result<Vec<Outcome<D>>, Errno> {
-    let threads = sockets.len().div_ceil(SHARE).clamp(1, cpus.max(1));
-    let (own, others) = sockets.split_at(sockets.len().div_ceil(threads));
+    let loan = helpers.borrow(sockets.len().div_ceil(SHARE).saturating_sub(1));
+    let (own, others) = sockets.split_at(sockets.len().div_ceil(1 + loan.count));
     let budget = deadline.saturating_duration_since(Instant::now());
     let converse = |share: &[PathBuf]| converse(turns, share, &new, deadline, budget);
     thread::scope(|scope| {
@@ -269,4 +300,23 @@ impl<D: Dialogue> Call<'_, D> {
 fn timeout(until: Instant) -> EpollTimeout {
     let left = until.saturating_duration_since(Instant::now());
     EpollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_calls_share_the_helpers() {
+        let helpers = Helpers::new(4);
+        let one = helpers.borrow(2);
+        let two = helpers.borrow(usize::MAX);
+        assert_eq!((one.count, two.count, helpers.borrow(1).count), (2, 1, 0));
+        drop(one);
+        assert_eq!(helpers.borrow(0).count, 0);
+        assert_eq!(helpers.borrow(9).count, 2);
+        drop(two);
+        assert_eq!(helpers.borrow(9).count, 3);
+        assert_eq!(Helpers::new(1).borrow(9).count, 0);
+    }
 }

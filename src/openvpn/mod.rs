@@ -24,7 +24,7 @@ use nix::errno::Errno;
 
 pub use clients::{Client, Clients};
 use commands::{Dialogue, Disconnect, List, Probe};
-use fanout::Outcome;
+use fanout::{Helpers, Outcome};
 pub use management::{SocketError, Stage};
 use turns::Turns;
 
@@ -92,7 +92,7 @@ impl Listing {
 pub struct OpenVpn {
     directory: PathBuf,
     turns: Turns,
-    cpus: usize,
+    helpers: Helpers,
 }
 
 impl OpenVpn {
@@ -100,7 +100,7 @@ impl OpenVpn {
     /// every call: processes may come and go.
     pub fn new(directory: PathBuf) -> Self {
         let cpus = available_parallelism().map_or(1, NonZero::get);
-        Self { directory, turns: Turns::default(), cpus }
+        Self { directory, turns: Turns::default(), helpers: Helpers::new(cpus) }
     }
 
     /// Where the management sockets lie.
@@ -179,7 +179,8 @@ impl OpenVpn {
     /// Why there was no greeting by `deadline`. [`SocketError::NoAnswer`] says what was waited
     /// for.
     pub fn probe(&self, socket: &Path, deadline: Instant) -> Result<String, SocketError> {
-        let outcomes = fanout::ask(&self.turns, &[socket.to_owned()], Probe::default, deadline, 1)
+        let sockets = [socket.to_owned()];
+        let outcomes = fanout::ask(&self.turns, &sockets, Probe::default, deadline, &self.helpers)
             .map_err(|error| SocketError::System("could not be waited for", error))?;
         let mut version = String::new();
         for outcome in outcomes {
@@ -201,7 +202,7 @@ impl OpenVpn {
             .iter()
             .map(|socket| failure(socket, SocketError::TooMany(MAX_SOCKETS)))
             .collect();
-        let mut outcomes = fanout::ask(&self.turns, &sockets, new, deadline, self.cpus)
+        let mut outcomes = fanout::ask(&self.turns, &sockets, new, deadline, &self.helpers)
             .map_err(|error| Error::Wait { directory: self.directory.clone(), error })?;
         outcomes.retain(|outcome| outcome.result != Err(SocketError::NotThere));
         Ok((outcomes, failed))

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use memchr::{memmem, memrchr};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
@@ -27,6 +28,10 @@ const REQUEST_PEERS: usize = 1000;
 
 /// What the addition of a peer may take that was removed just before, past the deadline if need be.
 const ADDITION: Duration = Duration::from_millis(500);
+
+/// The bytes of a request that are written at a time: the kernel takes so many whole or not at all
+/// (`unix_stream_sendmsg`).
+const PIECE: usize = 32 * 1024;
 
 /// The process behind the device's socket, until the deadline.
 pub(super) struct Userspace<'a> {
@@ -128,6 +133,17 @@ impl Backend for Userspace<'_> {
     }
 }
 
+/// Cuts a piece off a request. It ends where a peer does, or else where a line does: wireguard-go
+/// applies what it has got when the deadline cuts a request off, and of `allowed_ip=10.0.0.1/32` that
+/// may have been `allowed_ip=10.0.0.1/3`.
+fn split_piece(request: &[u8]) -> (&[u8], &[u8]) {
+    let Some(most) = request.get(..PIECE).filter(|most| most.len() < request.len()) else {
+        return (request, &[]);
+    };
+    let end = memmem::rfind(most, b"\npublic_key=").or_else(|| memrchr(b'\n', most));
+    request.split_at(end.map_or(PIECE, |end| end + 1))
+}
+
 fn removal(key: PublicKey) -> set::Peer {
     set::Peer::from_public_key(*key.as_bytes()).remove(true)
 }
@@ -200,7 +216,12 @@ impl<'a> Userspace<'a> {
     fn exchange(&self, request: &str) -> Result<BufReader<Stream>, Error> {
         let stream = self.connect().map_err(|error| self.io_error(error))?;
         let mut stream = Stream { stream, deadline: self.deadline };
-        stream.write_all(request.as_bytes()).map_err(|error| self.io_error(error))?;
+        let mut rest = request.as_bytes();
+        while !rest.is_empty() {
+            let (piece, behind) = split_piece(rest);
+            stream.write_all(piece).map_err(|error| self.io_error(error))?;
+            rest = behind;
+        }
         Ok(BufReader::with_capacity(1 << 16, stream))
     }
 
@@ -434,6 +455,44 @@ mod tests {
         // A change that has not begun at the deadline does not begin.
         assert!(userspace.apply(&change, None, &AtomicUsize::new(0)).unwrap_err().is_timeout());
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn what_the_deadline_cuts_off_begins_with_a_peer() {
+        let (path, listener) = listen("cut");
+        let device = "wg0".parse().unwrap();
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let userspace = Userspace { device: &device, path: path.clone(), deadline };
+        let allowed_ips = (0..100).map(|n| format!("fd00::{n:x}/128").parse().unwrap());
+        let allowed_ips: Vec<_> = allowed_ips.collect();
+        let keys: Vec<_> = (0..200).map(|number| PublicKey::from([number; 32])).collect();
+        let changes: Vec<_> = keys.iter().map(|key| Change::Set(key, &allowed_ips)).collect();
+        let before = Snapshot { own_key: None, peers: Peers::default() };
+        let error = userspace.apply(&changes, Some(&before), &AtomicUsize::new(0)).unwrap_err();
+        assert!(error.is_timeout(), "{error}");
+        // The process hung, and now reads what there is.
+        let mut request = String::new();
+        listener.accept().unwrap().0.read_to_string(&mut request).unwrap();
+        assert!(!request.ends_with("\n\n"), "{} bytes fit into the socket", request.len());
+        assert!(request.ends_with("\nallowed_ip=fd00::63/128\n"), "{}", request.len());
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn pieces() {
+        let peer = |allowed_ips| {
+            format!("public_key=x\n{}", "allowed_ip=10.0.0.0/8\n".repeat(allowed_ips))
+        };
+        let (small, large) = (peer(1000), peer(3000));
+        for (request, first) in [
+            ("get=1\n\n".to_owned(), "get=1\n\n".len()),
+            (format!("{small}{small}\n"), small.len()),
+            (format!("set=1\n{large}\n"), "set=1\n".len()),
+            (large, PIECE - (PIECE - "public_key=x\n".len()) % "allowed_ip=10.0.0.0/8\n".len()),
+            ("x".repeat(PIECE + 1), PIECE),
+        ] {
+            assert_eq!(split_piece(request.as_bytes()).0.len(), first);
+        }
     }
 
     #[test]

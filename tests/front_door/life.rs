@@ -54,7 +54,7 @@ fn a_start_that_fails_leaves_nothing() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"));
         command.args(["-listen", "127.0.0.1:0"]).env_remove("CREDENTIALS_DIRECTORY");
         command.env("RUNTIME_DIRECTORY", directory.path());
-        limit_open_files(&mut command, files);
+        limit_open_files(&mut command, &format!("{files}:{files}"));
         let mut daemon = command.stderr(Stdio::piped()).spawn().unwrap();
         for line in BufReader::new(daemon.stderr.take().unwrap()).lines() {
             if line.unwrap().contains("listening on") {

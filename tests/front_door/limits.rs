@@ -1,6 +1,7 @@
 //! Floods, slow clients, and what they may cost.
 
 use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -201,12 +202,36 @@ fn node_is_answered_while_every_backend_hangs() {
     assert!(time < Duration::from_secs(1), "{time:?}");
 }
 
+/// The daemon raises the limit of open files itself, to what it may need.
+#[test]
+fn every_connection_may_wait_for_many_openvpn_processes() {
+    raise_own_open_files();
+    let daemon = Daemon::start_with(&["-max-connections", "400"], |command| {
+        limit_open_files(command, "1024:");
+    });
+    let site = Site { daemon, client: None, _pki: None };
+    let _openvpn = hang(&site.daemon);
+    let directory = site.daemon.directory().join("openvpn");
+    let bind = |number| UnixListener::bind(directory.join(format!("{number}.sock"))).unwrap();
+    let _more: Vec<_> = (0..23).map(bind).collect();
+    let busy = fill(&site, 395);
+    site.serves();
+    for mut connection in busy {
+        let answer = Answer::read(&mut *connection, false).unwrap();
+        assert_eq!(answer.status, 504, "{answer:?}");
+    }
+    let log = site.daemon.log();
+    assert!(!log.iter().any(|line| line.contains("open files")), "{log:#?}");
+}
+
 /// Out of descriptors, under the lowest limit at which the daemon is of use.
 #[test]
 fn a_low_limit_of_open_files_is_lived_with() {
     raise_own_open_files();
     for files in [64, 128, 300] {
-        let daemon = Daemon::start_with(&[], |command| limit_open_files(command, files));
+        let daemon = Daemon::start_with(&[], |command| {
+            limit_open_files(command, &format!("{files}:{files}"));
+        });
         let line = daemon.wait_for_log("open files are allowed");
         assert!(line.contains("connections at a time"), "{line}");
         let site = Site { daemon, client: None, _pki: None };

@@ -176,10 +176,11 @@ fn hang(daemon: &Daemon) -> UnixListener {
     UnixListener::bind(directory.join("hangs.sock")).unwrap()
 }
 
-/// Makes `command` run with at most `files` open files, a limit that it cannot raise.
-fn limit_open_files(command: &mut Command, files: u32) {
+/// Makes `command` run with this `soft:hard` limit of open files; without a number, the one of the
+/// test stays.
+fn limit_open_files(command: &mut Command, limit: &str) {
     let mut limited = Command::new("prlimit");
-    limited.arg(format!("--nofile={files}:{files}")).arg(command.get_program());
+    limited.arg(format!("--nofile={limit}")).arg(command.get_program());
     limited.args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
