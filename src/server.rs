@@ -15,9 +15,10 @@ use crate::api::Error;
 use crate::head;
 use crate::routes::{self, Answer, Node};
 
-/// Threads that wait for requests when there are none. More are started as these are taken, one
-/// ahead of need, so that no backend that hangs ever keeps `/i/node` waiting.
-const WAITING: usize = 4;
+/// Threads that wait for requests when there are none. More are started as these are taken by
+/// requests to the backends, one ahead of need, so that no backend that hangs ever keeps `/i/node`
+/// waiting.
+const WAITING: usize = 2;
 
 const STACK: usize = 512 * 1024;
 
@@ -29,7 +30,7 @@ struct Pool {
     http: tiny_http::Server,
     node: Node,
     failed: Box<dyn Fn(&io::Error) + Send + Sync>,
-    /// Threads that wait for a request.
+    /// Threads that wait for a request, or will in a moment.
     waiting: AtomicUsize,
     stopping: AtomicBool,
     /// Takes requests that there is no thread for and whose bodies are still coming.
@@ -92,15 +93,19 @@ impl Pool {
                 Err(_) if pool.stopping.load(Ordering::Acquire) => return pool.http.unblock(),
                 Err(error) => return (pool.failed)(&error),
             };
-            let was_last = pool.waiting.fetch_sub(1, Ordering::AcqRel) == 1;
             let request = view(&http);
+            if request.is_immediate() {
+                respond(http, &request, &pool.node);
+                continue;
+            }
+            let was_last = pool.waiting.fetch_sub(1, Ordering::AcqRel) == 1;
             match if was_last { Self::grow(pool) } else { Ok(()) } {
+                Ok(()) => respond(http, &request, &pool.node),
                 // This thread has to be back at once.
-                Err(error) if !request.is_immediate() => {
+                Err(error) => {
                     error!("no thread for a request: {error}");
                     pool.refuse(http);
                 }
-                _ => respond(http, &request, &pool.node),
             }
             let enough = |waiting| (waiting < WAITING).then_some(waiting + 1);
             if pool.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, enough).is_err() {
