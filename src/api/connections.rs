@@ -21,20 +21,25 @@ pub(super) fn failed(failures: &[Failure]) -> serde_json::Result<String> {
     serde_json::to_string(&failed.collect::<Vec<_>>())
 }
 
-/// Writes the clients with commas between them; `""` for an address that a client does not have.
+/// A connected client; `""` for an address that it does not have.
+#[derive(Serialize)]
+struct Connection<'a> {
+    common_name: &'a str,
+    ip_four: &'a str,
+    ip_six: &'a str,
+}
+
+/// Writes the clients with commas between them.
 pub(super) fn write(clients: &Clients, mut to: impl Write) -> io::Result<()> {
     // serde_json would look at each byte of each text. Nearly always there is nothing to escape in
     // all of them, which is seen at a glance.
     let plain = is_plain(clients.text());
-    for (at, Client { common_name, ipv4, ipv6 }) in clients.iter().enumerate() {
+    for (at, client) in clients.iter().enumerate() {
         to.write_all(if at == 0 { b"" } else { b"," })?;
-        to.write_all(br#"{"common_name":"#)?;
-        write_text(common_name, plain, &mut to)?;
-        to.write_all(br#","ip_four":"#)?;
-        write_text(ipv4, plain, &mut to)?;
-        to.write_all(br#","ip_six":"#)?;
-        write_text(ipv6, plain, &mut to)?;
-        to.write_all(b"}")?;
+        match plain {
+            true => write_plain(client, &mut to)?,
+            false => write_any(client, &mut to)?,
+        }
     }
     Ok(())
 }
@@ -46,13 +51,19 @@ fn is_plain(text: &str) -> bool {
     text.bytes().fold(true, |all, byte| all & plain(byte))
 }
 
-fn write_text(text: &str, plain: bool, to: &mut impl Write) -> io::Result<()> {
-    if !plain {
-        return Ok(serde_json::to_writer(to, text)?);
-    }
-    to.write_all(b"\"")?;
-    to.write_all(text.as_bytes())?;
-    to.write_all(b"\"")
+fn write_plain(client: Client, to: &mut impl Write) -> io::Result<()> {
+    to.write_all(br#"{"common_name":""#)?;
+    to.write_all(client.common_name.as_bytes())?;
+    to.write_all(br#"","ip_four":""#)?;
+    to.write_all(client.ipv4.as_bytes())?;
+    to.write_all(br#"","ip_six":""#)?;
+    to.write_all(client.ipv6.as_bytes())?;
+    to.write_all(br#""}"#)
+}
+
+fn write_any(client: Client, to: &mut impl Write) -> io::Result<()> {
+    let Client { common_name, ipv4: ip_four, ipv6: ip_six } = client;
+    Ok(serde_json::to_writer(to, &Connection { common_name, ip_four, ip_six })?)
 }
 
 #[cfg(test)]
@@ -100,9 +111,10 @@ mod tests {
         texts.extend(texts.clone().iter().map(|text| format!("{}{text}é", "x".repeat(40))));
         texts.push("é".repeat(40));
         for text in texts {
+            let client = Client { common_name: &text, ipv4: &text, ipv6: &text };
             let (mut plain, mut any) = (Vec::new(), Vec::new());
-            write_text(&text, true, &mut plain).unwrap();
-            write_text(&text, false, &mut any).unwrap();
+            write_plain(client, &mut plain).unwrap();
+            write_any(client, &mut any).unwrap();
             assert_eq!(is_plain(&text), plain == any, "{text:?}");
         }
     }

@@ -46,16 +46,18 @@ pub(super) struct Parser {
     replaced: String,
 }
 
-/// Where the fields of a client's row stand.
-struct Columns {
-    common_name: usize,
-    ipv4: usize,
+/// What the fields of a client's row are, up to the last one that is wanted.
+struct Columns(Vec<Column>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Column {
+    CommonName,
+    Ipv4,
     /// OpenVPN has this column since 2.4.
-    ipv6: Option<usize>,
+    Ipv6,
     /// OpenVPN has this column since 2.4.
-    client_id: Option<usize>,
-    /// The fields up to the last of these.
-    count: usize,
+    ClientId,
+    NotWanted,
 }
 
 impl Parser {
@@ -71,6 +73,10 @@ impl Parser {
 
     /// Reads the next line, without its end.
     pub(super) fn line<'a>(&'a mut self, line: &'a [u8]) -> Result<Line<'a>, Malformed> {
+        // About half of a report.
+        if line.starts_with(b"ROUTING_TABLE\t") {
+            return Ok(Line::Other);
+        }
         if let Some(row) = line.strip_prefix(b"CLIENT_LIST\t") {
             let Some(columns) = &self.columns else {
                 return Err(Malformed("a client before the names of the columns"));
@@ -96,41 +102,43 @@ impl Parser {
 
 impl Columns {
     fn find(names: &str, wants_ids: bool) -> Result<Self, Malformed> {
-        let find = |name| fields(names).position(|field| field == name);
-        let common_name = find("Common Name").ok_or(Malformed("a report without common names"))?;
-        let ipv4 = find("Virtual Address").ok_or(Malformed("a report without addresses"))?;
-        let ipv6 = find("Virtual IPv6 Address");
-        let client_id = find("Client ID").filter(|_| wants_ids);
-        let last = [Some(common_name), Some(ipv4), ipv6, client_id].into_iter().flatten().max();
-        let count = last.map_or(0, |last| last + 1);
-        Ok(Self { common_name, ipv4, ipv6, client_id, count })
+        let column = |name| match name {
+            "Common Name" => Column::CommonName,
+            "Virtual Address" => Column::Ipv4,
+            "Virtual IPv6 Address" => Column::Ipv6,
+            "Client ID" if wants_ids => Column::ClientId,
+            _ => Column::NotWanted,
+        };
+        let mut columns: Vec<_> = fields(names).map(column).collect();
+        if !columns.contains(&Column::CommonName) {
+            return Err(Malformed("a report without common names"));
+        }
+        if !columns.contains(&Column::Ipv4) {
+            return Err(Malformed("a report without addresses"));
+        }
+        columns.truncate(columns.iter().rposition(|c| *c != Column::NotWanted).unwrap_or(0) + 1);
+        Ok(Self(columns))
     }
 
     fn row<'a>(&self, row: &'a str) -> Result<Line<'a>, Malformed> {
-        let (mut common_name, mut ipv4) = (None, None);
-        // A column that this version does not have is empty.
-        let mut ipv6 = self.ipv6.is_none().then_some("");
-        let mut client_id = self.client_id.is_none().then_some("");
-        for (at, field) in fields(row).take(self.count).enumerate() {
-            if at == self.common_name {
-                common_name = Some(field);
-            } else if at == self.ipv4 {
-                ipv4 = Some(field);
-            } else if Some(at) == self.ipv6 {
-                ipv6 = Some(field);
-            } else if Some(at) == self.client_id {
-                client_id = Some(field);
+        // A column that this version does not have is empty, as is a value that is not there (yet).
+        let (mut common_name, mut ipv4, mut ipv6, mut client_id) = ("", "", "", "");
+        let mut columns = self.0.iter();
+        for (field, column) in fields(row).zip(&mut columns) {
+            match column {
+                Column::CommonName => common_name = field,
+                Column::Ipv4 => ipv4 = field,
+                Column::Ipv6 => ipv6 = field,
+                Column::ClientId => client_id = field,
+                Column::NotWanted => {}
             }
         }
-        let (Some(common_name), Some(ipv4), Some(ipv6), Some(client_id)) =
-            (common_name, ipv4, ipv6, client_id)
-        else {
+        if columns.next().is_some() {
             return Err(Malformed("a client with missing fields"));
-        };
+        }
         if common_name.is_empty() || common_name == NO_NAME {
             return Ok(Line::Other);
         }
-        // An empty field is a value that is not there (yet).
         if !(ipv4.is_empty() || is_ipv4(ipv4)) || !(ipv6.is_empty() || is_ipv6(ipv6)) {
             return Err(Malformed("a client whose address is none"));
         }
