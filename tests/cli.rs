@@ -157,6 +157,7 @@ fn log_lines_have_a_time_stamp_or_the_journals_prefix() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"))
         .args(["-listen", "127.0.0.1:0"])
         .env("JOURNAL_STREAM", format!("{metadata}:{inode}"))
+        .env("RUNTIME_DIRECTORY", directory.path())
         .env_remove("CREDENTIALS_DIRECTORY")
         .stderr(file)
         .spawn()
