@@ -33,7 +33,8 @@ struct Pool {
     /// Threads that wait for a request, or will in a moment.
     waiting: AtomicUsize,
     stopping: AtomicBool,
-    /// Takes requests that there is no thread for and whose bodies are still coming.
+    /// Takes requests that there is no thread for and whose bodies are still coming: one for each
+    /// connection of the front door at the most.
     refusals: Sender<Request>,
 }
 

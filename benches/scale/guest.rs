@@ -59,10 +59,6 @@ fn list(device: &Device) {
 fn sync(device: &Device) {
     let daemon = device.daemon();
     let (all, conf) = (device.json(), device.conf());
-    if post(&daemon, "/w/sync_peers", JSON, &all).status == 404 {
-        println!("this daemon has no sync_peers");
-        return;
-    }
     let turns = Turns::take(
         ROUNDS,
         || {

@@ -1,4 +1,4 @@
-//! Connected OpenVPN clients as JSON.
+//! Connected OpenVPN clients, and the processes that could not be asked, as JSON.
 
 use std::io::{self, Write};
 
