@@ -1,5 +1,7 @@
 //! The node daemon of a VPN service; [`run`] is the whole program.
 
+#[allow(dead_code)] // the backends move onto it one by one
+mod agent;
 pub mod api;
 pub mod check;
 pub mod cli;
@@ -14,6 +16,8 @@ pub mod routes;
 pub mod server;
 pub mod systemd;
 pub mod tls;
+#[allow(dead_code)]
+mod unix;
 pub mod uploads;
 pub mod wireguard;
 
@@ -21,8 +25,8 @@ use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, info, warn};
@@ -215,6 +219,11 @@ fn runtime_directory() -> PathBuf {
     // systemd.exec(5): several are separated by colons.
     let first = directories.as_ref().and_then(|paths| std::env::split_paths(paths).next());
     first.filter(|path| !path.as_os_str().is_empty()).unwrap_or_else(std::env::temp_dir)
+}
+
+/// Locks; what a panic left behind is used on. What these locks guard changes in one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Raises the soft limit of open files to what `connections` need and returns how many

@@ -1,0 +1,308 @@
+//! One thread that alone talks to one backend; its jobs, its callers' deadlines.
+//!
+//! A caller waits for its own deadline and no longer, so that a backend that hangs costs one thread,
+//! whoever and however many ask. Callers who wait for a list that has not begun share it.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use crate::lock;
+
+/// The thread ends when nothing has been asked for this long.
+const REST: Duration = Duration::from_secs(10);
+
+/// What a backend says of its own time-out at the deadline is waited for this much longer: it knows
+/// more.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// Why a backend did not do what it was asked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Failure {
+    pub(crate) kind: FailureKind,
+    /// Names the device or socket, what is wrong with it and what to do about it.
+    pub(crate) sentence: String,
+}
+
+/// Whose fault it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FailureKind {
+    /// What the caller asks for cannot be.
+    Invalid,
+    /// The backend refused, failed or spoke nonsense.
+    Failed,
+    /// The backend did not answer in time.
+    Timeout,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: FailureKind, sentence: impl Into<String>) -> Self {
+        Self { kind, sentence: sentence.into() }
+    }
+
+    pub(crate) fn is_timeout(&self) -> bool {
+        self.kind == FailureKind::Timeout
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.sentence)
+    }
+}
+
+/// The owner of one backend. `L` is its list: an [`Arc`] or something as cheap to clone.
+pub(crate) struct Agent<L> {
+    /// Begins the sentences about it, e.g. "WireGuard device wg0".
+    name: String,
+    queue: Mutex<Queue<L>>,
+    arrived: Condvar,
+}
+
+struct Queue<L> {
+    jobs: VecDeque<Job<L>>,
+    has_thread: bool,
+}
+
+struct Job<L> {
+    /// The latest of its callers': later, nobody waits for it any more.
+    deadline: Instant,
+    work: Work<L>,
+}
+
+enum Work<L> {
+    List(Read<L>, Vec<(Instant, Sender<Result<L, Failure>>)>),
+    Change(Box<dyn FnOnce(Instant) + Send>),
+}
+
+type Read<L> = Box<dyn FnOnce(Instant) -> Result<L, Failure> + Send>;
+
+/// What a caller waits for.
+pub(crate) struct Answer<T> {
+    name: String,
+    receiver: Receiver<Result<T, Failure>>,
+}
+
+impl<L: Clone + Send + 'static> Agent<L> {
+    /// Its thread starts with the first job.
+    pub(crate) fn new(name: impl Into<String>) -> Arc<Self> {
+        let queue = Mutex::new(Queue { jobs: VecDeque::new(), has_thread: false });
+        Arc::new(Self { name: name.into(), queue, arrived: Condvar::new() })
+    }
+
+    /// Queues the reading of a list, or joins one that has not begun. `read` is given the deadline of
+    /// whoever waits longest.
+    ///
+    /// # Errors
+    /// There is no thread for it.
+    pub(crate) fn list(
+        self: &Arc<Self>,
+        deadline: Instant,
+        read: impl FnOnce(Instant) -> Result<L, Failure> + Send + 'static,
+    ) -> Result<Answer<L>, Failure> {
+        let (sender, receiver) = channel();
+        let mut queue = lock(&self.queue);
+        let queued = queue.jobs.iter_mut().find_map(|job| match &mut job.work {
+            Work::List(_, waiting) => Some((&mut job.deadline, waiting)),
+            Work::Change(_) => None,
+        });
+        if let Some((latest, waiting)) = queued {
+            waiting.retain(|(deadline, _)| *deadline > Instant::now());
+            waiting.push((deadline, sender));
+            *latest = deadline.max(*latest);
+        } else {
+            let work = Work::List(Box::new(read), vec![(deadline, sender)]);
+            self.push(&mut queue, Job { deadline, work })?;
+        }
+        Ok(Answer { name: self.name.clone(), receiver })
+    }
+
+    /// Queues a change. `what` names it and who asked, for the log: a change may end after its
+    /// caller's deadline.
+    ///
+    /// # Errors
+    /// There is no thread for it.
+    pub(crate) fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        deadline: Instant,
+        what: String,
+        change: impl FnOnce(Instant) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<Answer<T>, Failure> {
+        let (sender, receiver) = channel();
+        let work = Work::Change(Box::new(move |deadline| {
+            if let Err(late) = sender.send(change(deadline)) {
+                let outcome = late.0.map_or_else(|failure| failure.sentence, |_| "done".to_owned());
+                warn!("{what}: ended after its time-out: {outcome}");
+            }
+        }));
+        self.push(&mut lock(&self.queue), Job { deadline, work })?;
+        Ok(Answer { name: self.name.clone(), receiver })
+    }
+
+    fn push(self: &Arc<Self>, queue: &mut Queue<L>, job: Job<L>) -> Result<(), Failure> {
+        queue.jobs.retain(|job| job.deadline > Instant::now());
+        if !queue.has_thread {
+            let agent = Arc::clone(self);
+            let name = "agent".to_owned();
+            thread::Builder::new().name(name).spawn(move || agent.work()).map_err(|error| {
+                let sentence = format!("{}: no thread to ask it with: {error}", self.name);
+                Failure::new(FailureKind::Failed, sentence)
+            })?;
+            queue.has_thread = true;
+        }
+        queue.jobs.push_back(job);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    fn work(&self) {
+        while let Some(job) = self.next() {
+            if Instant::now() < job.deadline {
+                // The panic is in the log; the callers are told that nothing came.
+                let _ = catch_unwind(AssertUnwindSafe(|| self.run(job)));
+            }
+        }
+    }
+
+    /// The next job, or `None` once the thread has rested long enough.
+    fn next(&self) -> Option<Job<L>> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if let Some(job) = queue.jobs.pop_front() {
+                return Some(job);
+            }
+            let (guard, rested) =
+                self.arrived.wait_timeout(queue, REST).unwrap_or_else(PoisonError::into_inner);
+            queue = guard;
+            if rested.timed_out() && queue.jobs.is_empty() {
+                queue.has_thread = false;
+                return None;
+            }
+        }
+    }
+
+    fn run(&self, job: Job<L>) {
+        match job.work {
+            Work::Change(change) => change(job.deadline),
+            Work::List(read, waiting) => {
+                let result = read(job.deadline);
+                let taken =
+                    waiting.iter().filter(|(_, caller)| caller.send(result.clone()).is_ok());
+                if taken.count() == 0 {
+                    let outcome =
+                        result.map_or_else(|failure| failure.sentence, |_| "whole".to_owned());
+                    warn!("{}: its list ended after its time-out: {outcome}", self.name);
+                }
+            }
+        }
+    }
+}
+
+impl<T> Answer<T> {
+    /// Waits until `deadline`, and a moment longer for what the backend says of its own time-out.
+    ///
+    /// # Errors
+    /// What the job says, or that it has not ended.
+    pub(crate) fn wait(self, deadline: Instant) -> Result<T, Failure> {
+        let left = (deadline + GRACE).saturating_duration_since(Instant::now());
+        let result = self.receiver.recv_timeout(left);
+        result.unwrap_or_else(|why| match why {
+            RecvTimeoutError::Timeout => Err(Failure::new(
+                FailureKind::Timeout,
+                format!("{} did not answer in time: try again", self.name),
+            )),
+            RecvTimeoutError::Disconnected => Err(Failure::new(
+                FailureKind::Failed,
+                format!("{}: internal error; see the log of the daemon", self.name),
+            )),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    fn soon(milliseconds: u64) -> Instant {
+        Instant::now() + Duration::from_millis(milliseconds)
+    }
+
+    #[test]
+    fn lists_that_wait_are_one_and_a_hang_costs_its_callers_their_time_alone() {
+        let agent: Arc<Agent<u8>> = Agent::new("socket x");
+        let (begun, go_on) = (Arc::new(Barrier::new(2)), Arc::new(Barrier::new(2)));
+        let (begin, end) = (Arc::clone(&begun), Arc::clone(&go_on));
+        let hang = move |_| {
+            begin.wait();
+            end.wait();
+            Ok(7)
+        };
+        let late = agent.change(soon(50), "a change".to_owned(), hang).unwrap();
+        begun.wait();
+        let first = agent.list(soon(60_000), |_| Ok(1)).unwrap();
+        let joined = agent.list(soon(60_000), |_| panic!("a second list")).unwrap();
+        let given_up = agent
+            .change(soon(20), "b".to_owned(), |_| {
+                if true {
+                    panic!("begun")
+                }
+                Ok(())
+            })
+            .unwrap();
+        let deadline = soon(50);
+        let failure = agent.list(deadline, |_| Ok(1)).unwrap().wait(deadline).unwrap_err();
+        assert_eq!(failure.sentence, "socket x did not answer in time: try again");
+        assert!(failure.is_timeout());
+        assert!(late.wait(soon(0)).unwrap_err().is_timeout());
+        assert!(given_up.wait(soon(0)).is_err());
+        go_on.wait();
+        assert_eq!((first.wait(soon(60_000)), joined.wait(soon(60_000))), (Ok(1), Ok(1)));
+    }
+
+    #[test]
+    fn a_panic_is_one_job() {
+        let agent: Arc<Agent<u8>> = Agent::new("x");
+        let answer = agent.list(soon(60_000), |_| panic!("meant to")).unwrap();
+        let failure = answer.wait(soon(60_000)).unwrap_err();
+        assert_eq!(
+            (failure.kind, failure.sentence.contains("internal")),
+            (FailureKind::Failed, true)
+        );
+        assert_eq!(agent.list(soon(60_000), |_| Ok(1)).unwrap().wait(soon(60_000)), Ok(1));
+    }
+
+    #[test]
+    fn who_gave_up_does_not_stay_in_the_queue() {
+        let agent: Arc<Agent<u8>> = Agent::new("x");
+        let (hung, go_on) = (Arc::new(Barrier::new(2)), Arc::new(Barrier::new(2)));
+        let (begin, end) = (Arc::clone(&hung), Arc::clone(&go_on));
+        let hang = move |_| {
+            begin.wait();
+            end.wait();
+            Ok(())
+        };
+        drop(agent.change(soon(60_000), "x".to_owned(), hang).unwrap());
+        hung.wait();
+        for _ in 0..100 {
+            drop(agent.change(soon(0), "x".to_owned(), |_| Ok(())).unwrap());
+            drop(agent.list(soon(0), |_| Ok(1)).unwrap());
+        }
+        let queue = lock(&agent.queue);
+        assert!(queue.jobs.len() <= 2);
+        for job in &queue.jobs {
+            assert!(
+                matches!(&job.work, Work::Change(_))
+                    || matches!(&job.work, Work::List(_, waiting) if waiting.len() <= 2)
+            );
+        }
+        drop(queue);
+        go_on.wait();
+    }
+}
