@@ -22,6 +22,9 @@ which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
   -wg-device NAME        WireGuard network interface (default wg0)
   -openvpn-dir DIR       directory of the OpenVPN management sockets
                          (default /run/openvpn-server)
+  -allow-host NAME       accept requests for this host name too; without TLS on a
+                         loopback address only localhost and loopback addresses are
+                         accepted (may be repeated)
   -max-connections N     connections served at the same time, 1 to 65536
                          (default 256)
   -version               print the version
@@ -86,6 +89,8 @@ pub struct Options {
     pub openvpn_dir: PathBuf,
     /// Connections served at the same time.
     pub max_connections: usize,
+    /// Names, in lower case, that the header `Host` may have beside those of this host.
+    pub allow_hosts: Vec<String>,
 }
 
 /// `HOST:PORT`, or `:PORT` for every address of the host.
@@ -97,10 +102,6 @@ pub struct ListenAddress {
     pub port: u16,
 }
 
-/// A command line that cannot be understood: one line that names the flag.
-#[derive(Debug, PartialEq, Eq)]
-pub struct UsageError(String);
-
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -108,6 +109,7 @@ impl Default for Options {
             wg_device: DeviceName::default(),
             openvpn_dir: "/run/openvpn-server".into(),
             max_connections: 256,
+            allow_hosts: Vec::new(),
         }
     }
 }
@@ -119,17 +121,27 @@ pub fn credentials_directory() -> Option<PathBuf> {
 }
 
 /// Reads the arguments, the program's name not among them.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
+///
+/// # Errors
+/// One line that names the flag.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
+    let error = match parse_flags(arguments) {
+        Ok(command) => return Ok(command),
+        Err(lexopt::Error::Custom(error)) => error.to_string(),
+        // lexopt writes flags with two dashes, the help text and unit files with one.
+        Err(error) => error.to_string().replace("--", "-"),
+    };
+    Err(format!("{error}; see vpn-daemon -help"))
+}
+
+fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, lexopt::Error> {
     let mut arguments = arguments.into_iter().peekable();
     let check = arguments.next_if(|first| first == "check").is_some();
     let mut parser = lexopt::Parser::from_args(arguments.map(two_dashes));
     let (mut options, mut given, mut json) = (Options::default(), Given::default(), false);
     while let Some(argument) = parser.next()? {
         let Long(flag) = argument else {
-            return Err(match argument {
-                Value(value) => UsageError(format!("unexpected argument {value:?}")),
-                other => other.unexpected().into(),
-            });
+            return Err(argument.unexpected());
         };
         let flag = flag.to_owned();
         match flag.as_str() {
@@ -147,14 +159,22 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
                     number @ 1..=MAX_CONNECTIONS => number,
                     _ => {
                         let sentence = format!("-max-connections: must be 1 to {MAX_CONNECTIONS}");
-                        return Err(UsageError(sentence));
+                        return Err(sentence.into());
                     }
                 }
+            }
+            "allow-host" => {
+                let name: String = checked(&flag, parser.value()?)?;
+                let in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+                if name.is_empty() || !name.bytes().all(in_name) {
+                    return Err(format!("-allow-host {name}: is not a host name").into());
+                }
+                options.allow_hosts.push(name.to_ascii_lowercase());
             }
             "json" if check => json = true,
             "version" => return Ok(Command::Version),
             "help" | "h" => return Ok(Command::Help),
-            _ => return Err(UsageError(format!("unknown flag -{flag}"))),
+            _ => return Err(format!("unknown flag -{flag}").into()),
         }
     }
     Ok(if check { Command::Check { options, given, json } } else { Command::Serve(options) })
@@ -170,11 +190,11 @@ fn two_dashes(argument: OsString) -> OsString {
     }
 }
 
-fn checked<T: FromStr<Err: fmt::Display>>(flag: &str, value: OsString) -> Result<T, UsageError> {
-    let value = value.into_string().map_err(|value| {
-        UsageError(format!("-{flag} {}: is not UTF-8", value.to_string_lossy()))
-    })?;
-    value.parse().map_err(|error| UsageError(format!("-{flag} {value}: {error}")))
+fn checked<T: FromStr<Err: fmt::Display>>(flag: &str, value: OsString) -> Result<T, String> {
+    let value = value
+        .into_string()
+        .map_err(|value| format!("-{flag} {}: is not UTF-8", value.to_string_lossy()))?;
+    value.parse().map_err(|error| format!("-{flag} {value}: {error}"))
 }
 
 impl FromStr for ListenAddress {
@@ -209,21 +229,6 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; see vpn-daemon -help", self.0)
-    }
-}
-
-impl std::error::Error for UsageError {}
-
-impl From<lexopt::Error> for UsageError {
-    fn from(error: lexopt::Error) -> Self {
-        // lexopt writes flags with two dashes, the help text and unit files with one.
-        Self(error.to_string().replace("--", "-"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -246,12 +251,17 @@ mod tests {
             wg_device: "wg1".parse().unwrap(),
             openvpn_dir: "/tmp/o".into(),
             max_connections: 7,
+            allow_hosts: vec!["vpn.example.org".to_owned(), "b_1".to_owned()],
         };
         for line in [
-            "-wg-device wg1 -listen :41194 -openvpn-dir /tmp/o -max-connections 7",
-            "--wg-device wg1 --listen :41194 --openvpn-dir /tmp/o --max-connections 7",
-            "-wg-device=wg1 -listen=:41194 -openvpn-dir=/tmp/o -max-connections=7",
-            "--wg-device=wg1 --listen=:41194 --openvpn-dir=/tmp/o --max-connections=7",
+            "-wg-device wg1 -listen :41194 -openvpn-dir /tmp/o -max-connections 7 \
+             -allow-host VPN.example.org -allow-host b_1",
+            "--wg-device wg1 --listen :41194 --openvpn-dir /tmp/o --max-connections 7 \
+             -allow-host VPN.example.org -allow-host b_1",
+            "-wg-device=wg1 -listen=:41194 -openvpn-dir=/tmp/o -max-connections=7 \
+             -allow-host=VPN.example.org -allow-host=b_1",
+            "--wg-device=wg1 --listen=:41194 --openvpn-dir=/tmp/o --max-connections=7 \
+             -allow-host=VPN.example.org -allow-host=b_1",
         ] {
             assert_eq!(options(line), expected, "{line}");
         }
@@ -312,6 +322,8 @@ mod tests {
             ("-max-connections 65537", "-max-connections: must be 1 to 65536"),
             ("-max-connections 18446744073709551615", "-max-connections: must be 1 to 65536"),
             ("-max-connections many", "-max-connections many: "),
+            ("-allow-host vpn:41194", "-allow-host vpn:41194: is not a host name"),
+            ("-allow-host=", "-allow-host : is not a host name"),
         ] {
             let error = parse_words(line).expect_err(line);
             assert!(error.contains(part), "{line}: {error}");

@@ -54,7 +54,7 @@ const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Why the daemon does not run: one line for the operator.
 #[derive(Debug)]
 enum Error {
-    Usage(cli::UsageError),
+    Usage(String),
     Bind(listener::BindError),
     Tls(tls::Error),
     Passed(systemd::SocketError),
@@ -66,7 +66,7 @@ enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Usage(error) => error.fmt(f),
+            Self::Usage(error) => f.write_str(error),
             Self::Bind(error) => error.fmt(f),
             Self::Tls(error) => error.fmt(f),
             Self::Passed(error) => error.fmt(f),
