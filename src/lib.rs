@@ -15,6 +15,8 @@ pub mod rfc3339;
 pub mod routes;
 pub mod server;
 pub mod systemd;
+#[allow(dead_code)]
+mod threads;
 pub mod tls;
 #[allow(dead_code)]
 mod unix;
