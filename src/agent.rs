@@ -14,9 +14,13 @@ use std::time::{Duration, Instant};
 use log::warn;
 
 use crate::lock;
+use crate::logging::warn_seldom;
 
 /// The thread ends when nothing has been asked for this long.
 const REST: Duration = Duration::from_secs(10);
+
+/// What a thread touches of its stack counts, not this; a call may start a thousand threads.
+const STACK: usize = 256 * 1024;
 
 /// What a backend says of its own time-out at the deadline is waited for this much longer: it knows
 /// more.
@@ -149,9 +153,9 @@ impl<L: Clone + Send + 'static> Agent<L> {
         queue.jobs.retain(|job| job.deadline > Instant::now());
         if !queue.has_thread {
             let agent = Arc::clone(self);
-            let name = "agent".to_owned();
-            thread::Builder::new().name(name).spawn(move || agent.work()).map_err(|error| {
-                let sentence = format!("{}: no thread to ask it with: {error}", self.name);
+            let thread = thread::Builder::new().name("agent".to_owned()).stack_size(STACK);
+            thread.spawn(move || agent.work()).map_err(|error| {
+                let sentence = format!("{} cannot be asked: no thread for it: {error}", self.name);
                 Failure::new(FailureKind::Failed, sentence)
             })?;
             queue.has_thread = true;
@@ -197,7 +201,11 @@ impl<L: Clone + Send + 'static> Agent<L> {
                 if taken.count() == 0 {
                     let outcome =
                         result.map_or_else(|failure| failure.sentence, |_| "whole".to_owned());
-                    warn!("{}: its list ended after its time-out: {outcome}", self.name);
+                    let name = &self.name;
+                    warn_seldom(
+                        "late list",
+                        format!("{name}: its list ended after its time-out: {outcome}"),
+                    );
                 }
             }
         }
@@ -213,13 +221,16 @@ impl<T> Answer<T> {
         let left = (deadline + GRACE).saturating_duration_since(Instant::now());
         let result = self.receiver.recv_timeout(left);
         result.unwrap_or_else(|why| match why {
-            RecvTimeoutError::Timeout => Err(Failure::new(
-                FailureKind::Timeout,
-                format!("{} did not answer in time: try again", self.name),
-            )),
-            RecvTimeoutError::Disconnected => Err(Failure::new(
+            // A job that is late is not begun.
+            why if why == RecvTimeoutError::Timeout || Instant::now() >= deadline => {
+                Err(Failure::new(
+                    FailureKind::Timeout,
+                    format!("{} did not answer in time: try again", self.name),
+                ))
+            }
+            _ => Err(Failure::new(
                 FailureKind::Failed,
-                format!("{}: internal error; see the log of the daemon", self.name),
+                format!("{} cannot be asked: internal error; see the daemon's log", self.name),
             )),
         })
     }
@@ -303,6 +314,9 @@ mod tests {
             );
         }
         drop(queue);
+        // What comes too late is not begun, and that is a time-out.
+        let late = agent.change(soon(0), "x".to_owned(), |_| Ok(())).unwrap();
         go_on.wait();
+        assert!(late.wait(soon(0)).unwrap_err().is_timeout());
     }
 }

@@ -6,11 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
+
+/// Longest socket time-out: the kernel rounds those of some seconds up by a quarter of a second. Less
+/// than a second.
+const SLICE: Duration = Duration::from_millis(500);
 
 /// A connection of which every call ends by `deadline`, with [`ErrorKind::TimedOut`] if need be.
 pub(crate) struct Stream {
@@ -23,23 +28,24 @@ impl Stream {
     pub(crate) fn connect(path: &Path, deadline: Instant) -> io::Result<Self> {
         let kind = SockType::Stream;
         let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
-        let left = i64::try_from(time_left(deadline)?.as_micros()).unwrap_or(i64::MAX);
-        setsockopt(
-            &socket,
-            sockopt::SendTimeout,
-            &TimeVal::new(left / 1_000_000, left % 1_000_000),
-        )?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(path)?).map_err(|errno| match errno.into() {
-            error if io::Error::kind(&error) == ErrorKind::WouldBlock => timed_out(),
-            error => error,
-        })?;
+        let address = UnixAddr::new(path)?;
+        loop {
+            let left = time_left(deadline)?.min(SLICE).as_micros();
+            let left = TimeVal::new(0, i64::try_from(left).unwrap_or(i64::MAX));
+            setsockopt(&socket, sockopt::SendTimeout, &left)?;
+            match connect(socket.as_raw_fd(), &address) {
+                Ok(()) => break,
+                // The backlog is full.
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
         let stream = UnixStream::from(socket);
         stream.set_nonblocking(true)?;
         Ok(Self { stream, deadline })
     }
 
-    /// Does the operation once the socket is ready for it. `poll` is exact, where the kernel rounds
-    /// socket time-outs of some seconds up by a quarter of a second.
+    /// Does the operation once the socket is ready for it.
     fn when_ready<T>(
         &mut self,
         event: PollFlags,
