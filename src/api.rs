@@ -1,17 +1,18 @@
 //! The wire: what the portal reads, under the portal's names; errors become a status and a
 //! sentence.
 
-mod connections;
 mod stream;
 mod sync_body;
 
 use std::fmt::Display;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Serialize, Serializer};
 
 pub use stream::Stream;
 pub use sync_body::read_wanted;
 
+use crate::agent::{Failure, FailureKind};
 use crate::node::Load;
 use crate::{openvpn, rfc3339, wireguard};
 
@@ -79,6 +80,49 @@ impl<'a> From<&'a wireguard::Peer<'_>> for Peer<'a> {
     }
 }
 
+/// `GET /o/connection_list`.
+#[derive(Serialize)]
+pub(crate) struct ConnectionList<'a> {
+    connection_list: Vec<Connection<'a>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    failed: Vec<FailedSocket<'a>>,
+}
+
+/// A connected OpenVPN client.
+#[derive(Serialize)]
+struct Connection<'a> {
+    common_name: &'a str,
+    #[serde(serialize_with = "as_text_or_empty")]
+    ip_four: Option<Ipv4Addr>,
+    #[serde(serialize_with = "as_text_or_empty")]
+    ip_six: Option<Ipv6Addr>,
+}
+
+/// An OpenVPN process that could not be asked.
+#[derive(Serialize)]
+struct FailedSocket<'a> {
+    socket: &'a str,
+    error: &'a str,
+}
+
+impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
+    fn from(listing: &'a openvpn::Listing) -> Self {
+        let connection = |client: &'a openvpn::Client| Connection {
+            common_name: &client.common_name,
+            ip_four: client.ipv4,
+            ip_six: client.ipv6,
+        };
+        let failed = |failure: &'a openvpn::SocketFailure| FailedSocket {
+            socket: &failure.socket,
+            error: &failure.error,
+        };
+        Self {
+            connection_list: listing.clients().map(connection).collect(),
+            failed: listing.failed.iter().map(failed).collect(),
+        }
+    }
+}
+
 /// Why a call failed: a status of the contract and one sentence for people.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Error {
@@ -119,9 +163,14 @@ fn status(error: &wireguard::Error) -> u16 {
     }
 }
 
-impl From<openvpn::Error> for Error {
-    fn from(error: openvpn::Error) -> Self {
-        Self::new(if error.is_timeout() { 504 } else { 502 }, error.to_string())
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        let status = match failure.kind {
+            FailureKind::Invalid => 400,
+            FailureKind::Failed => 502,
+            FailureKind::Timeout => 504,
+        };
+        Self::new(status, failure.sentence)
     }
 }
 
@@ -133,6 +182,16 @@ impl From<wireguard::SyncError> for Error {
 
 fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
+}
+
+fn as_text_or_empty<S: Serializer>(
+    value: &Option<impl Display>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.collect_str(value),
+        None => serializer.serialize_str(""),
+    }
 }
 
 fn as_texts<S: Serializer>(values: &[impl Display], serializer: S) -> Result<S::Ok, S::Error> {

@@ -18,7 +18,6 @@ pub mod systemd;
 #[allow(dead_code)]
 mod threads;
 pub mod tls;
-#[allow(dead_code)]
 mod unix;
 pub mod uploads;
 pub mod wireguard;
@@ -41,14 +40,12 @@ use listener::{FrontDoor, Inner, InnerDirectory};
 use server::Server;
 
 /// Descriptors of one connection with a request under way: its socket, the connection to
-/// tiny_http, of which tiny_http holds two and the front door one, two that OpenVPN processes are
-/// waited for with, and the socket of a connection that has lost its place and whose thread has yet
-/// to notice.
-const DESCRIPTORS_PER_CONNECTION: u64 = 7;
+/// tiny_http, of which tiny_http holds two and the front door one, the OpenVPN directory while it is
+/// read, and the socket of a connection that has lost its place and whose thread has yet to notice.
+const DESCRIPTORS_PER_CONNECTION: u64 = 6;
 
-/// Descriptors for everything else: logging, WireGuard, and a conversation with each of several
-/// hundred OpenVPN processes.
-const OTHER_DESCRIPTORS: u64 = 1024;
+/// Descriptors for everything else: a conversation with each OpenVPN process, WireGuard, logging.
+const OTHER_DESCRIPTORS: u64 = openvpn::MAX_DESCRIPTORS + 128;
 
 /// For the daemon's first answer, which nobody but itself asks for.
 const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);

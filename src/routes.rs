@@ -8,7 +8,7 @@ use log::{info, warn};
 
 use crate::api::{self, Error};
 use crate::node;
-use crate::openvpn::{self, CommonName, OpenVpn};
+use crate::openvpn::{CommonName, OpenVpn};
 use crate::uploads::{Upload, Uploads};
 use crate::wireguard::{self, AllowedIp, PublicKey, Synced, Wanted, WireGuard};
 
@@ -263,23 +263,23 @@ fn log_synced(node: &Node, request: &Request, synced: &Synced) {
 }
 
 fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
-    stream(api::Stream::connection_list(node.openvpn.clients(deadline)?))
+    json(&api::ConnectionList::from(&node.openvpn.clients(deadline)?))
 }
 
 fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let name: CommonName = form.once("common_name")?;
-    let result = node.openvpn.disconnect(&name, Instant::now() + BACKEND_BUDGET);
-    let count = match &result {
-        Ok(count) => *count,
-        Err(openvpn::Error::Sockets { disconnected, .. }) => *disconnected,
-        Err(_) => 0,
-    };
-    if count > 0 {
-        info!("client {:?}: {count} disconnected, asked by {}", name.as_str(), request.caller);
+    let deadline = Instant::now() + BACKEND_BUDGET;
+    let done = node.openvpn.disconnect(&name, &request.caller, deadline)?;
+    if !done.disconnected.is_empty() {
+        let counts = done.disconnected.iter().map(|(socket, count)| format!("{count} at {socket}"));
+        let counts = counts.collect::<Vec<_>>().join(", ");
+        info!("client {:?}: disconnected {counts}, asked by {}", name.as_str(), request.caller);
     }
-    result?;
-    Ok(Answer::NoContent)
+    match done.failed.is_empty() {
+        true => Ok(Answer::NoContent),
+        false => Err(node.openvpn.failure(&done.failed).into()),
+    }
 }
 
 fn online(peer: &wireguard::Peer, now: SystemTime) -> bool {

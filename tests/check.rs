@@ -233,7 +233,7 @@ fn the_openvpn_directory() {
     let directory = installation.openvpn();
     let line = format!("z {} 0750 root", directory.display());
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o710)).unwrap();
-    installation.check(&NOBODY, &[], &[]).names(PROBLEM, "may not be listed", &line);
+    installation.check(&NOBODY, &[], &[]).names(PROBLEM, "permission denied", &line);
     installation.plain(&[]).names(WARNING, "may be listed by root alone", &line);
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
     installation.check(&NOBODY, &[], &[]).names(OK, "holds 1 management socket", "");
@@ -248,10 +248,10 @@ fn the_openvpn_directory() {
 #[test]
 fn openvpn_sockets() {
     let moods = [
-        (Mood::Silent, "does not answer within 1.5 s: another program holds it", "ss -xp"),
-        (Mood::Full, "does not answer within 1.5 s: too many others wait", "ss -xp"),
-        (Mood::Deaf, "does not answer within 1.5 s", "ss -xp"),
-        (Mood::Password, "asks for a password", "unix, without a password file"),
+        (Mood::Silent, "did not answer within 1.5 s: another program holds it", "ss -xp"),
+        (Mood::Full, "did not answer within 1.5 s: too many others wait", "ss -xp"),
+        (Mood::Deaf, "did not answer within 1.5 s", "ss -xp"),
+        (Mood::Password, "asked for a password", "unix, without a password file"),
         (Mood::CloseAtOnce, "closed the connection before its greeting", "management"),
         (Mood::GarbageGreeting, "sent a reply that was not understood", "management"),
         (Mood::FloodLine, "sent a line of more than", "management"),

@@ -1,51 +1,48 @@
-//! The OpenVPN backend over scripted management sockets in every mood.
+//! OpenVPN's clients over scripted management sockets in every mood.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod common;
 #[path = "common/management.rs"]
 mod management;
 
-use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::{Answer, Daemon, PATIENCE, TempDir};
 use management::{Directory, FakeClient, FakeOpenVpn, Mood, crowd};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use vpn_daemon::openvpn::{Client, CommonName, Error, OpenVpn, SocketError, Stage};
+use serde_json::{Value, json};
 
-/// For what answers.
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(60)
-}
+const NO_ANSWER: &str = "did not answer within 2.5 s";
 
-/// For what hangs.
-fn short() -> Instant {
-    Instant::now() + Duration::from_millis(2500)
-}
-
-fn name(text: &str) -> CommonName {
-    text.parse().unwrap()
+fn daemon(directory: &Directory) -> Daemon {
+    Daemon::start(&["-openvpn-dir", directory.path().to_str().unwrap()])
 }
 
 fn clients(count: u8) -> Vec<FakeClient> {
-    (1..=count)
-        .map(|n| {
-            FakeClient::new(
-                &format!("c{n}"),
-                &format!("10.0.0.{n}"),
-                &format!("fd00::{n}"),
-                n.into(),
-            )
-        })
-        .collect()
+    let client =
+        |n: u8| FakeClient::new(&format!("c{n}"), &format!("10.0.0.{n}"), "fd00::1", n.into());
+    (1..=count).map(client).collect()
 }
 
-fn backend(directory: &Directory) -> OpenVpn {
-    OpenVpn::new(directory.path().to_owned())
+/// The answer to a list: how many clients are in it, and sockets that failed with their errors.
+fn list(daemon: &Daemon) -> (usize, Vec<(String, String)>) {
+    let answer = daemon.get("/o/connection_list");
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let list = answer.json();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let failed = list["failed"].as_array().cloned().unwrap_or_default();
+    let failed = failed.iter().map(|failed| (text(&failed["socket"]), text(&failed["error"])));
+    (list["connection_list"].as_array().unwrap().len(), failed.collect())
+}
+
+fn disconnect(daemon: &Daemon, name: &str) -> Answer {
+    daemon.post("/o/disconnect_client", &[("common_name", name)])
 }
 
 #[test]
@@ -59,52 +56,48 @@ fn lists_clients_with_names_and_addresses() {
         ("Zoë 🐈", "10.0.0.5", "::"),
         ("twice", "10.0.0.6", ""),
         ("twice", "10.0.0.7", ""),
+        ("not UTF-8 \u{fffd}", "10.0.0.9", ""),
     ];
-    let mut fakes: Vec<FakeClient> =
+    let mut fakes: Vec<_> =
         odd.iter().map(|(name, v4, v6)| FakeClient::new(name, v4, v6, 1)).collect();
+    fakes.last_mut().unwrap().name = b"not UTF-8 \xff".to_vec();
     fakes.push(FakeClient::new("UNDEF", "", "", 2));
     fakes.push(FakeClient::new("UNDEF", "10.0.0.8", "", 3));
     fakes.push(FakeClient::new("no address yet", "", "", 4));
+    let daemon = daemon(&directory);
+    let expected = odd.map(|(common_name, ip_four, ip_six)| {
+        json!({"common_name": common_name, "ip_four": ip_four, "ip_six": ip_six})
+    });
     for mood in [Mood::Healthy, Mood::Chatty, Mood::Slow(50), Mood::Stalled] {
         let _process = FakeOpenVpn::start(directory.join("s.sock"), mood, fakes.clone());
-        let listing = backend(&directory).clients(soon()).unwrap();
-        let expected: Vec<Client> = odd
-            .iter()
-            .map(|(common_name, ipv4, ipv6)| Client { common_name, ipv4, ipv6 })
-            .collect();
-        assert_eq!(listing.clients().collect::<Vec<_>>(), expected, "{mood:?}");
-        assert!(listing.failed.is_empty(), "{mood:?}");
+        let list = daemon.get("/o/connection_list").json();
+        assert_eq!(list, json!({ "connection_list": expected }), "{mood:?}");
     }
 }
 
 #[test]
 fn a_bad_process_costs_its_own_entry_only() {
+    let not_understood = |what| format!("sent a reply that was not understood: {what}");
+    let in_the_middle = "closed the connection in the middle of its reply";
+    let no_report = not_understood("a line that is no part of a status report");
     let moods = [
-        (Mood::Silent, "did not answer within 2.5 s"),
-        (Mood::Full, "did not answer within 2.5 s"),
-        (Mood::Deaf, "did not answer within 2.5 s"),
-        (Mood::Mute, "did not answer within 2.5 s"),
-        (Mood::NoEnd, "did not answer within 2.5 s"),
-        (Mood::Drip, "did not answer within 2.5 s"),
+        (Mood::Silent, NO_ANSWER),
+        (Mood::Full, NO_ANSWER),
+        (Mood::Deaf, NO_ANSWER),
+        (Mood::Reply(""), NO_ANSWER),
+        (Mood::NoEnd, NO_ANSWER),
+        (Mood::Drip, NO_ANSWER),
         (Mood::CloseAtOnce, "closed the connection before its greeting"),
-        (Mood::CloseAfterGreeting, "closed the connection in the middle of its reply"),
-        (Mood::CloseInReply, "closed the connection in the middle of its reply"),
-        (
-            Mood::GarbageGreeting,
-            "sent a reply that was not understood: \"HTTP/1.0 400 Bad Request\" for a greeting",
-        ),
-        (
-            Mood::Garbage,
-            "sent a reply that was not understood: a line that is no part of a status report",
-        ),
-        (Mood::Reply("END\r\n"), "sent a reply that was not understood: a report without clients"),
+        (Mood::CloseAfterGreeting, in_the_middle),
+        (Mood::Close(0), in_the_middle),
+        (Mood::CloseInReply, in_the_middle),
+        (Mood::GarbageGreeting, &not_understood("\"HTTP/1.0 400 Bad Request\" for a greeting")),
+        (Mood::Reply("\x00 nonsense \x1b[2J\r\nmore\r\n"), &no_report),
+        (Mood::Reply("SUCCESS: pid=1\r\n"), &no_report),
+        (Mood::Reply("END\r\n"), &not_understood("a report without clients")),
         (
             Mood::Reply("CLIENT_LIST\tx\r\n"),
-            "sent a reply that was not understood: a client before the names of the columns",
-        ),
-        (
-            Mood::Reply("SUCCESS: pid=1\r\n"),
-            "sent a reply that was not understood: a line that is no part of a status report",
+            &not_understood("a client before the names of the columns"),
         ),
         (Mood::Reply("ERROR: no \x1b[2J\r\n"), "refused the command: no \u{fffd}[2J"),
         (Mood::FloodLine, "sent a line of more than 8 KiB"),
@@ -116,277 +109,201 @@ fn a_bad_process_costs_its_own_entry_only() {
              OpenVPN configuration",
         ),
     ];
-    // All at once beside a healthy one, and each alone.
     let directory = Directory::new();
-    let mut processes = vec![FakeOpenVpn::start(directory.join("ok"), Mood::Healthy, clients(3))];
-    for (index, (mood, _)) in moods.iter().enumerate() {
-        processes.push(FakeOpenVpn::start(
-            directory.join(&format!("{index:02}")),
-            *mood,
-            clients(3),
-        ));
+    let start = |name: &str, mood| FakeOpenVpn::start(directory.join(name), mood, clients(3));
+    let _healthy = start("ok", Mood::Healthy);
+    let name = |number| format!("{number:02}");
+    let numbered = || moods.iter().enumerate();
+    let _bad: Vec<_> = numbered().map(|(number, (mood, _))| start(&name(number), *mood)).collect();
+    let expected = numbered().map(|(number, (_, error))| (name(number), (*error).to_owned()));
+    let daemon = daemon(&directory);
+    // The second list finds them as the first one has left them.
+    for _ in 0..2 {
+        assert_eq!(list(&daemon), (3, expected.clone().collect()));
     }
-    let backend = backend(&directory);
-    let listing = backend.clients(short()).unwrap();
-    assert_eq!(listing.clients().count(), 3);
-    let failed: Vec<(String, String)> =
-        listing.failed.iter().map(|f| (f.socket.clone(), f.error.to_string())).collect();
-    let expected: Vec<(String, String)> = moods
-        .iter()
-        .enumerate()
-        .map(|(index, (_, error))| (format!("{index:02}"), (*error).to_owned()))
-        .collect();
-    assert_eq!(failed, expected);
-
-    thread::scope(|scope| {
-        for (mood, error) in moods {
-            scope.spawn(move || {
-                let directory = Directory::new();
-                let process = FakeOpenVpn::start(directory.join("x.sock"), mood, clients(3));
-                let backend = OpenVpn::new(directory.path().to_owned());
-                let all = backend.clients(short()).unwrap_err();
-                let path = process.path.display();
-                let sentence = format!("OpenVPN management socket {path} {error}");
-                assert_eq!(all.to_string(), sentence);
-                let timeout = error.starts_with("did not answer");
-                assert_eq!(all.is_timeout(), timeout, "{mood:?}");
-            });
-        }
-    });
-}
-
-#[test]
-fn says_the_budget_it_had() {
-    let directory = Directory::new();
-    let _process = FakeOpenVpn::start(directory.join("default-1.sock"), Mood::Silent, clients(1));
-    let _healthy = FakeOpenVpn::start(directory.join("ok"), Mood::Healthy, clients(1));
-    let deadline = Instant::now() + Duration::from_millis(1200);
-    let listing = backend(&directory).clients(deadline).unwrap();
-    assert_eq!(listing.failed[0].socket, "default-1.sock");
-    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 1.2 s");
 }
 
 #[test]
 fn what_is_not_there_has_no_clients() {
-    let directory = Directory::new();
-    let missing = OpenVpn::new(directory.join("missing"));
-    assert!(missing.clients(soon()).unwrap().clients().next().is_none());
-    assert_eq!(missing.disconnect(&name("x"), soon()).unwrap(), 0);
-
+    let (directory, elsewhere) = (Directory::new(), Directory::new());
+    let missing = Daemon::start(&["-openvpn-dir", directory.join("missing").to_str().unwrap()]);
+    let daemon = daemon(&directory);
     drop(UnixListener::bind(directory.join("stale.sock")).unwrap());
     fs::write(directory.join("notes.txt"), "x").unwrap();
     fs::create_dir(directory.join("sub")).unwrap();
     symlink("nowhere", directory.join("broken")).unwrap();
     symlink("notes.txt", directory.join("link-to-notes")).unwrap();
-    let backend = backend(&directory);
-    assert_eq!(backend.sockets().unwrap(), [directory.join("stale.sock")]);
-    let listing = backend.clients(soon()).unwrap();
-    assert!(listing.clients().next().is_none() && listing.failed.is_empty());
-    assert_eq!(backend.disconnect(&name("x"), soon()).unwrap(), 0);
-    let probe = backend.probe(&directory.join("stale.sock"), soon());
-    assert_eq!(probe, Err(SocketError::NotThere));
-
-    // The stale one is no process: the only process has failed.
-    let _silent = FakeOpenVpn::start(directory.join("silent"), Mood::Silent, clients(1));
-    assert!(backend.clients(short()).unwrap_err().is_timeout());
-}
-
-#[test]
-fn a_link_to_a_socket_counts_once() {
-    let (directory, elsewhere) = (Directory::new(), Directory::new());
-    let _here = FakeOpenVpn::start(directory.join("here"), Mood::Healthy, clients(1));
-    let _there = FakeOpenVpn::start(elsewhere.join("there"), Mood::Healthy, clients(2));
+    for daemon in [&missing, &daemon] {
+        assert_eq!(daemon.get("/o/connection_list").body, r#"{"connection_list":[]}"#);
+        assert_eq!(disconnect(daemon, "x").status, 204);
+    }
+    // A socket counts once, whatever leads to it.
+    let start = |path, count| FakeOpenVpn::start(path, Mood::Healthy, clients(count));
+    let _here = start(directory.join("here"), 1);
+    let _there = start(elsewhere.join("there"), 2);
     symlink("here", directory.join("a-link")).unwrap();
     symlink(elsewhere.join("there"), directory.join("link")).unwrap();
     symlink(elsewhere.join("there"), directory.join("link-again")).unwrap();
-    let backend = backend(&directory);
-    assert_eq!(backend.sockets().unwrap(), [directory.join("here"), directory.join("link")]);
-    assert_eq!(backend.clients(soon()).unwrap().clients().count(), 3);
+    assert_eq!(list(&daemon), (3, vec![]));
 }
 
 #[test]
-fn a_file_in_place_of_the_directory_is_an_error() {
+fn a_process_that_comes_and_goes() {
     let directory = Directory::new();
+    let daemon = daemon(&directory);
+    for mood in [Mood::Healthy, Mood::Stalled, Mood::Silent, Mood::Healthy] {
+        let _process = FakeOpenVpn::start(directory.join("s"), mood, clients(2));
+        let answer = daemon.get("/o/connection_list");
+        assert_eq!(answer.status, if mood == Mood::Silent { 504 } else { 200 }, "{mood:?}");
+        assert_eq!(answer.body.contains("c2"), mood != Mood::Silent, "{mood:?}");
+    }
+    assert_eq!(list(&daemon), (0, vec![]));
+    // A thread that nobody needs any more ends, and so does what it holds.
+    let end = Instant::now() + PATIENCE;
+    while daemon.thread_names().iter().any(|name| name == "agent") {
+        assert!(Instant::now() < end, "{:?}", daemon.thread_names());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn what_keeps_the_daemon_from_asking_is_said() {
+    let directory = Directory::new();
+    let error = |path: &str| Daemon::start(&["-openvpn-dir", path]).get("/o/connection_list");
     fs::write(directory.join("file"), "").unwrap();
-    let backend = OpenVpn::new(directory.join("file"));
-    assert!(matches!(backend.clients(soon()), Err(Error::Directory { .. })));
-}
+    let file = directory.join("file").to_str().unwrap().to_owned();
+    let sentence = format!("OpenVPN directory {file} cannot be read: Not a directory");
+    assert!(error(&file).error().contains(&sentence));
 
-/// The part of [`permissions`] that must not run as root: it is run by it, as another user.
-#[test]
-fn permissions_as_nobody() {
-    let Some(directory) = std::env::var_os("VPN_DAEMON_TEST_PERMISSIONS") else {
-        return;
-    };
-    let backend = OpenVpn::new(directory.clone().into());
-    let path = backend.directory();
-    match fs::metadata(path).unwrap().mode() & 0o007 {
-        0o001 => {
-            let error = backend.clients(soon()).unwrap_err();
-            assert!(!error.is_timeout());
-            assert_eq!(
-                error.to_string(),
-                format!(
-                    "OpenVPN directory {} cannot be read: permission denied; run the daemon in \
-                     the directory's group, and give that group the right to read and enter it \
-                     (mode 0750)",
-                    path.display()
-                )
-            );
-        }
-        0o004 => {
-            let error = backend.clients(soon()).unwrap_err().to_string();
-            assert!(
-                error.contains("ok.sock may not be used by the daemon: permission denied"),
-                "{error}"
-            );
-        }
-        _ => assert_eq!(backend.clients(soon()).unwrap().clients().count(), 3),
-    }
-}
-
-#[test]
-fn permissions() {
-    let directory = Directory::new();
-    let process = FakeOpenVpn::start(directory.join("ok.sock"), Mood::Healthy, clients(3));
-    fs::set_permissions(&process.path, fs::Permissions::from_mode(0o777)).unwrap();
-    let root = fs::metadata("/proc/self").unwrap().uid() == 0;
-    for other in [0o001, 0o004, 0o005] {
-        // Without root, the directory is closed to its owner, who is us.
-        let mode = if root { 0o750 | other } else { other << 6 | other };
-        fs::set_permissions(directory.path(), fs::Permissions::from_mode(mode)).unwrap();
-        // The path of the test binary may be closed to others, this link is not.
-        let mut test = Command::new("/proc/self/exe");
-        test.args(["--exact", "permissions_as_nobody"]);
-        test.env("VPN_DAEMON_TEST_PERMISSIONS", directory.path()).current_dir("/");
-        if root {
-            test.uid(65534).gid(65534);
-        }
-        let output = test.output().unwrap();
-        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "mode {mode:o}: {printed}");
-        assert!(printed.contains("1 passed"), "{printed}");
-    }
-}
-
-/// The part of [`out_of_descriptors`] that needs a process of its own.
-#[test]
-fn out_of_descriptors_alone() {
-    let Some(directory) = std::env::var_os("VPN_DAEMON_TEST_DESCRIPTORS") else {
-        return;
-    };
-    let backend = OpenVpn::new(directory.into());
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    let used = fs::read_dir("/proc/self/fd").unwrap().count() - 1;
-    let limit =
-        |spare: usize| setrlimit(Resource::RLIMIT_NOFILE, (used + spare) as u64, most).unwrap();
-    let (mut errors, mut holes) = (0, 0);
-    for spare in 0..12 {
-        limit(spare);
-        match backend.clients(soon()) {
-            Ok(listing) => {
-                assert_eq!(listing.clients().count() + listing.failed.len(), 20);
-                for failed in &listing.failed {
-                    let error = failed.error.to_string();
-                    assert_eq!(error, "could not be opened: Too many open files");
-                }
-                holes += usize::from(!listing.failed.is_empty());
-            }
-            Err(error) => {
-                assert!(error.to_string().contains("oo many open files"), "{error}");
-                errors += 1;
-            }
-        }
-    }
-    assert!(errors > 0 && holes > 0);
-    limit(30);
-    assert_eq!(backend.clients(soon()).unwrap().clients().count(), 20);
-}
-
-#[test]
-fn out_of_descriptors() {
-    let directory = Directory::new();
-    let _processes: Vec<FakeOpenVpn> = (0..20)
-        .map(|n| FakeOpenVpn::start(directory.join(&n.to_string()), Mood::Healthy, clients(1)))
-        .collect();
-    let output = Command::new("/proc/self/exe")
-        .args(["--exact", "out_of_descriptors_alone", "--test-threads=1"])
-        .env("VPN_DAEMON_TEST_DESCRIPTORS", directory.path())
-        .output()
-        .unwrap();
-    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
-}
-
-#[test]
-fn a_path_too_long_for_an_address_is_an_entry() {
-    let directory = Directory::new();
+    // Bound where its path is short, then moved.
     let deep = directory.join(&"d".repeat(120));
     fs::create_dir(&deep).unwrap();
-    // Bound where its path is short, then moved.
-    let listener = UnixListener::bind(directory.join("s")).unwrap();
+    let _listener = UnixListener::bind(directory.join("s")).unwrap();
     fs::rename(directory.join("s"), deep.join("s")).unwrap();
-    let error = OpenVpn::new(deep).clients(soon()).unwrap_err().to_string();
-    assert!(error.contains("a Unix socket address holds 107"), "{error}");
-    drop(listener);
+    let answer = error(deep.to_str().unwrap());
+    assert_eq!(answer.status, 502);
+    let error = answer.error();
+    assert!(error.contains("/s has a path of") && error.contains("address holds 107"), "{error}");
+}
+
+/// As root the daemon runs as another user; else the directory is closed to its owner, who is us.
+#[test]
+fn permissions() {
+    let (directory, inner) = (Directory::new(), TempDir::new("inner"));
+    let process = FakeOpenVpn::start(directory.join("ok.sock"), Mood::Healthy, clients(3));
+    fs::set_permissions(&process.path, Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(inner.path(), Permissions::from_mode(0o777)).unwrap();
+    let root = nix::unistd::geteuid().is_root();
+    let path = directory.path().display();
+    let unreadable = format!(
+        "OpenVPN directory {path} cannot be read: permission denied; run the daemon in the \
+         directory's group, and give that group the right to read and enter it (mode 0750)"
+    );
+    let closed = format!(
+        "OpenVPN management socket {path}/ok.sock may not be used by the daemon: permission \
+         denied; run the daemon in the group of the directory, and give that group the right to \
+         enter it (mode 0750)"
+    );
+    let daemon = match root {
+        true => {
+            let mut nobody = Command::new("setpriv");
+            nobody.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+            nobody.arg(env!("CARGO_BIN_EXE_vpn-daemon"));
+            let arguments = ["-openvpn-dir", directory.path().to_str().unwrap()];
+            Daemon::start_as(nobody, &arguments, |command| {
+                command.env("RUNTIME_DIRECTORY", inner.path());
+            })
+        }
+        false => daemon(&directory),
+    };
+    for (other, error) in [(0o001, Some(unreadable)), (0o004, Some(closed)), (0o005, None)] {
+        let mode = if root { 0o750 | other } else { other << 6 | other };
+        fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
+        let answer = daemon.get("/o/connection_list");
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(answer.status, if error.is_some() { 502 } else { 200 }, "{answer:?}");
+        assert_eq!(answer.json()["error"].as_str(), error.as_deref());
+    }
+}
+
+/// The reserve of descriptors is what 1,024 sockets at their worst take: connected, and knocked at.
+#[test]
+fn a_thousand_that_hang_and_several_callers_leave_the_others_their_lists() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(8192), most).unwrap();
+    let directory = Directory::new();
+    let (hanging, healthy, excess) = (1016, 8, 76);
+    let hang = |number| UnixListener::bind(directory.join(&format!("b{number}"))).unwrap();
+    let _hanging: Vec<_> = (0..hanging + excess).map(hang).collect();
+    let start = |number| directory.join(&format!("a{number}"));
+    let start = |number| FakeOpenVpn::start(start(number), Mood::Slow(300), clients(64));
+    let processes: Vec<_> = (0..healthy).map(start).collect();
+    // A hard limit that is not one too many: 16 connections and the reserve.
+    let mut limited = Command::new("prlimit");
+    limited.args(["--nofile=256:2272", env!("CARGO_BIN_EXE_vpn-daemon")]);
+    let path = directory.path().to_str().unwrap();
+    let arguments = ["-max-connections", "16", "-openvpn-dir", path];
+    let daemon = Daemon::start_as(limited, &arguments, |_| {});
+    thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                let (listed, failed) = list(&daemon);
+                assert_eq!((listed, failed.len()), (64 * healthy, hanging + excess));
+                let not_asked = "was not asked: the directory has more than 1024 sockets";
+                assert!(failed[..hanging].iter().all(|(_, error)| error == NO_ANSWER));
+                assert!(failed[hanging..].iter().all(|(_, error)| error == not_asked));
+            });
+        }
+    });
+    // Who comes while a list is under way shares the next one.
+    assert!(processes.iter().all(|process| process.commands().len() < 12));
+    let log = daemon.log();
+    assert!(!log.iter().any(|line| line.contains("open files")), "{log:#?}");
+}
+
+#[test]
+fn out_of_descriptors_is_an_error_of_that_socket() {
+    let directory = Directory::new();
+    let processes: Vec<_> = (0..100)
+        .map(|n| FakeOpenVpn::start(directory.join(&n.to_string()), Mood::Slow(500), clients(1)))
+        .collect();
+    let daemon = daemon(&directory);
+    let limit = |number: usize| {
+        let pid = format!("--pid={}", daemon.pid());
+        let status = Command::new("prlimit").args([&pid, &format!("--nofile={number}:")]).status();
+        assert!(status.unwrap().success());
+    };
+    limit(daemon.open_files() + 40);
+    let (listed, failed) = list(&daemon);
+    assert_eq!(listed + failed.len(), 100);
+    let error = "could not be connected to: Too many open files (os error 24)";
+    assert!(listed > 0 && !failed.is_empty());
+    assert!(failed.iter().all(|(_, failure)| failure == error), "{failed:?}");
+    limit(1024);
+    assert_eq!(list(&daemon), (processes.len(), vec![]));
 }
 
 #[test]
 fn many_processes_at_once() {
-    for count in [64, 200] {
-        let directory = Directory::new();
-        let processes: Vec<FakeOpenVpn> = (0..count)
-            .map(|n| {
-                FakeOpenVpn::start(
-                    directory.join(&format!("{n}.sock")),
-                    Mood::Slow(20),
-                    clients(64),
-                )
-            })
-            .collect();
-        let listing = backend(&directory).clients(soon()).unwrap();
-        assert_eq!(listing.clients().count(), 64 * processes.len());
-        assert!(listing.failed.is_empty());
-    }
-}
-
-#[test]
-fn callers_at_once_all_get_whole_lists() {
     let directory = Directory::new();
-    let processes: Vec<FakeOpenVpn> = (0..16)
-        .map(|n| {
-            FakeOpenVpn::start(directory.join(&format!("{n}.sock")), Mood::Slow(5), clients(64))
-        })
-        .collect();
-    let backend = backend(&directory);
-    thread::scope(|scope| {
-        for _ in 0..40 {
-            scope.spawn(|| {
-                let listing = backend.clients(soon()).unwrap();
-                assert!(listing.failed.is_empty(), "{:?}", listing.failed);
-                assert_eq!(listing.clients().count(), 64 * processes.len());
-            });
-        }
-    });
-    for process in &processes {
-        assert_eq!(process.commands().len(), 40);
-    }
+    let start =
+        |n: u8| FakeOpenVpn::start(directory.join(&n.to_string()), Mood::Slow(20), clients(64));
+    let _processes: Vec<_> = (0..200).map(start).collect();
+    assert_eq!(list(&daemon(&directory)), (64 * 200, vec![]));
 }
 
 #[test]
 fn callers_at_a_socket_that_hangs_get_the_others() {
     let directory = Directory::new();
-    let _hangs = FakeOpenVpn::start(directory.join("hangs"), Mood::Silent, clients(1));
-    let _full = FakeOpenVpn::start(directory.join("full"), Mood::Full, clients(1));
-    let _healthy = FakeOpenVpn::start(directory.join("ok"), Mood::Healthy, clients(9));
-    let backend = backend(&directory);
+    let start = |name, mood| FakeOpenVpn::start(directory.join(name), mood, clients(9));
+    let _processes =
+        [start("hangs", Mood::Silent), start("full", Mood::Full), start("ok", Mood::Healthy)];
+    let daemon = daemon(&directory);
     thread::scope(|scope| {
         for _ in 0..40 {
             scope.spawn(|| {
-                let listing = backend.clients(short()).unwrap();
-                assert_eq!(listing.clients().count(), 9);
-                assert_eq!(listing.failed.len(), 2);
+                let failed = ["full", "hangs"].map(|name| (name.to_owned(), NO_ANSWER.to_owned()));
+                assert_eq!(list(&daemon), (9, failed.to_vec()));
             });
         }
     });
@@ -397,19 +314,18 @@ fn a_backlog_that_empties_is_used() {
     let directory = Directory::new();
     let process = FakeOpenVpn::start(directory.join("s"), Mood::Healthy, clients(2));
     // The first of them is being served, the others wait; then they leave.
-    let crowd = crowd(&process.path);
-    let backend = backend(&directory);
+    let (crowd, daemon) = (crowd(&process.path), daemon(&directory));
     thread::scope(|scope| {
-        let caller = scope.spawn(|| backend.clients(soon()).unwrap());
+        let caller = scope.spawn(|| list(&daemon));
         thread::sleep(Duration::from_millis(100));
         drop(crowd);
-        assert_eq!(caller.join().unwrap().clients().count(), 2);
+        assert_eq!(caller.join().unwrap(), (2, vec![]));
     });
 }
 
 #[test]
 fn disconnects_every_client_of_that_name() {
-    let long = "€".repeat(64);
+    let (long, fits) = ("€".repeat(64), "é".repeat(63));
     let names = [
         "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=",
         "plain",
@@ -426,91 +342,75 @@ fn disconnects_every_client_of_that_name() {
         "tcp:10.0.0.1:1194",
         ":",
         &long,
+        &fits,
         "lossy\u{fffd}",
     ];
     let directory = Directory::new();
-    let all: Vec<FakeClient> = names
+    let others = ["plain", "10.0.0.1:1194", "UNDEF", "bystander"];
+    let mut all: Vec<_> = names
         .iter()
-        .chain(&["plain", "10.0.0.1:1194", "bystander"])
+        .chain(&others)
         .zip(1..)
-        .map(|(name, id)| FakeClient {
-            name: name
-                .replace('\u{fffd}', "\u{1}")
-                .bytes()
-                .map(|b| if b == 1 { 0xff } else { b })
-                .collect(),
-            ..FakeClient::new("", "", "", id)
-        })
+        .map(|(name, id)| FakeClient::new(name, "", "", id))
         .collect();
-    let processes: Vec<FakeOpenVpn> = [Mood::Healthy, Mood::Chatty, Mood::Stalled]
-        .into_iter()
-        .map(|mood| FakeOpenVpn::start(directory.join(&format!("{mood:?}")), mood, all.clone()))
-        .collect();
-    let backend = backend(&directory);
-    for text in names {
-        let own = if ["plain", "10.0.0.1:1194"].contains(&text) { 2 } else { 1 };
-        assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 3 * own, "{text:?}");
-        assert!(!processes[0].names().iter().any(|left| left == text));
-        assert_eq!(backend.disconnect(&name(text), soon()).unwrap(), 0, "{text:?}");
+    all[names.len() - 1].name = b"lossy\xff".to_vec();
+    let moods = [Mood::Healthy, Mood::Chatty, Mood::Stalled];
+    let start = |mood| FakeOpenVpn::start(directory.join(&format!("{mood:?}")), mood, all.clone());
+    let processes = moods.map(start);
+    let daemon = daemon(&directory);
+    // `UNDEF` is nobody.
+    for name in names.iter().chain(&["UNDEF"]) {
+        for _ in 0..2 {
+            assert_eq!(disconnect(&daemon, name).status, 204, "{name:?}");
+        }
+        let left = processes[0].names();
+        assert!(*name == "UNDEF" || !left.iter().any(|left| left == name), "{name:?}");
     }
     for process in &processes {
-        assert_eq!(process.names(), ["bystander"]);
+        assert_eq!(process.names(), ["UNDEF", "bystander"]);
     }
-}
-
-#[test]
-fn undef_is_nobody() {
-    let directory = Directory::new();
-    let unnamed = vec![FakeClient::new("UNDEF", "", "", 1)];
-    let process = FakeOpenVpn::start(directory.join("s"), Mood::Healthy, unnamed);
-    assert_eq!(backend(&directory).disconnect(&name("UNDEF"), soon()).unwrap(), 0);
-    assert_eq!(process.names().len(), 1);
+    let line = daemon.wait_for_log(r#"client "10.0.0.1:1194": disconnected"#);
+    assert!(line.contains("2 at Chatty, 2 at Healthy, 2 at Stalled, asked by 127."), "{line}");
 }
 
 #[test]
 fn disconnecting_goes_on_when_a_process_fails() {
     let directory = Directory::new();
-    let _a = FakeOpenVpn::start(directory.join("a"), Mood::Silent, clients(1));
-    let b = FakeOpenVpn::start(directory.join("b"), Mood::Healthy, clients(2));
-    let backend = backend(&directory);
-    let error = backend.disconnect(&name("c1"), short()).unwrap_err();
-    assert!(error.is_timeout());
-    assert_eq!(b.names(), ["c2"]);
-    assert!(matches!(error, Error::Sockets { disconnected: 1, .. }));
+    let start = |name, mood| FakeOpenVpn::start(directory.join(name), mood, clients(2));
+    let _hangs = start("a", Mood::Silent);
+    let healthy = start("b", Mood::Healthy);
+    let daemon = daemon(&directory);
+    assert_eq!(disconnect(&daemon, "c1").status, 504);
+    assert_eq!(healthy.names(), ["c2"]);
+    daemon.wait_for_log(r#"client "c1": disconnected 1 at b, asked by"#);
 
-    let _c =
-        FakeOpenVpn::start(directory.join("c"), Mood::Reply("ERROR: out of order\r\n"), clients(1));
-    let error = backend.disconnect(&name("c2"), short()).unwrap_err();
-    assert!(!error.is_timeout());
-    assert!(b.names().is_empty());
+    let _refuses = start("c", Mood::Reply("ERROR: out of order\r\n"));
+    let answer = disconnect(&daemon, "c2");
+    assert_eq!((answer.status, healthy.names().len()), (502, 0));
     let path = directory.path().display();
     assert_eq!(
-        error.to_string(),
+        answer.error(),
         format!(
-            "OpenVPN management socket {path}/a did not answer within 2.5 s; \
-             {path}/c refused the command: out of order"
+            "OpenVPN management socket {path}/a {NO_ANSWER}; {path}/c refused the command: out of \
+             order"
         )
     );
 }
 
+/// Nobody is reported as disconnected of whom it is not known, and nobody who is is left out.
 #[test]
-fn probe_tells_what_is_wrong() {
+fn a_process_that_ends_half_way_through_disconnecting() {
     let directory = Directory::new();
-    let backend = backend(&directory);
-    let probe = |mood| {
-        let process = FakeOpenVpn::start(directory.join("probed"), mood, clients(1));
-        let result = backend.probe(&process.path, short());
-        assert!(process.commands().is_empty(), "a probe changes and asks nothing");
-        result
-    };
-    assert_eq!(probe(Mood::Healthy).unwrap(), "OpenVPN Management Interface Version 5");
-    assert_eq!(probe(Mood::Password), Err(SocketError::Password));
-    assert_eq!(probe(Mood::CloseAtOnce), Err(SocketError::Closed(Stage::Greeting)));
-    for (mood, expected) in [(Mood::Silent, Stage::Greeting), (Mood::Full, Stage::Connect)] {
-        let result = probe(mood);
-        assert!(
-            matches!(result, Err(SocketError::NoAnswer { stage, .. }) if stage == expected),
-            "{result:?}"
-        );
+    let twins = vec![FakeClient::new("a:b", "", "", 1), FakeClient::new("a:b", "", "", 2)];
+    let _process = FakeOpenVpn::start(directory.join("s"), Mood::Close(2), twins);
+    let daemon = daemon(&directory);
+    let answer = disconnect(&daemon, "a:b");
+    assert_eq!(answer.status, 502);
+    assert!(answer.error().contains("in the middle of its reply"), "{}", answer.error());
+    daemon.wait_for_log(r#"client "a:b": disconnected 1 at s, asked by"#);
+    for reply in ["SUCCESS: 1 client(s) at address 127.0.0.1:5 killed\r\n", ">LOG:x\r\n"] {
+        let _process = FakeOpenVpn::start(directory.join("t"), Mood::Reply(reply), vec![]);
+        assert!(disconnect(&daemon, "c").status >= 500, "{reply}");
     }
+    assert!(!daemon.log().iter().any(|line| line.contains(r#"client "c": disconnected"#)));
 }

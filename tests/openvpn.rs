@@ -3,30 +3,24 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-#[path = "common/management.rs"]
-mod management;
+mod common;
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use management::Directory;
-use vpn_daemon::openvpn::{OpenVpn, SocketError, Stage};
+use common::{Daemon, TempDir};
+use serde_json::{Value, json};
 
 /// Generous: the machine may be busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
-
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = soon();
+    let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
         thread::sleep(Duration::from_millis(100));
@@ -103,11 +97,11 @@ impl Drop for Process {
 }
 
 /// A throw-away CA in a directory. All certificates share one key: only names matter here.
-struct Authority<'a>(&'a Directory);
+struct Authority(TempDir);
 
-impl Authority<'_> {
-    fn new(directory: &Directory) -> Authority<'_> {
-        let authority = Authority(directory);
+impl Authority {
+    fn new() -> Self {
+        let authority = Self(TempDir::new("authority"));
         let (key, ca) = (authority.file("key"), authority.file("ca"));
         let curve = "ec_paramgen_curve:P-256";
         run("openssl", &["genpkey", "-algorithm", "EC", "-pkeyopt", curve, "-out", &key]);
@@ -116,7 +110,7 @@ impl Authority<'_> {
     }
 
     fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
+        self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
     fn issue(&self, common_name: &str, file: &str) {
@@ -154,11 +148,13 @@ const CLIENTS: [(&str, usize); 15] = [
 
 #[test]
 fn lists_and_disconnects_real_clients() {
-    let files = Directory::new();
-    let sockets = Directory::new();
-    let authority = Authority::new(&files);
+    let sockets = TempDir::new("sockets");
+    let authority = Authority::new();
     authority.issue("server", "server");
     let namespace = Namespace::new();
+    let script = authority.file("client-connect");
+    fs::write(&script, format!("#!/bin/sh\n[ ! -e {script}-hangs ] || sleep 4\n")).unwrap();
+    run("chmod", &["755", &script]);
 
     let pools: [&[&str]; 3] = [
         &["--server", "10.91.0.0", "255.255.255.0", "--server-ipv6", "fd91::/64"],
@@ -167,97 +163,88 @@ fn lists_and_disconnects_real_clients() {
     ];
     let ports = ["1190", "1191", "1192"];
     let (key, ca, server) = (authority.file("key"), authority.file("ca"), authority.file("server"));
-    let mut servers: Vec<Process> = Vec::new();
+    let mut servers = Vec::new();
     for (index, pool) in pools.iter().enumerate() {
-        let socket = sockets.join(&format!("default-{index}.sock"));
-        let common = [
-            "--dev",
-            "tun",
-            "--proto",
-            "tcp-server",
-            "--local",
-            "127.0.0.1",
-            "--topology",
-            "subnet",
-            "--dh",
-            "none",
-            "--duplicate-cn",
-            "--keepalive",
-            "10",
-            "60",
-            "--port",
+        let socket = sockets.path().join(format!("default-{index}.sock"));
+        let options = format!(
+            "--dev tun --proto tcp-server --local 127.0.0.1 --topology subnet --dh none \
+             --duplicate-cn --keepalive 10 60 --script-security 2 --client-connect {script} \
+             --port {} --management {} unix",
             ports[index],
-            "--management",
-            socket.to_str().unwrap(),
-            "unix",
-        ];
-        let options = [&common[..], &keys(&ca, &key, &server), pool].concat();
-        let log = files.join(&format!("server-{index}.log"));
-        servers.push(Process::start(&namespace, log, &options));
+            socket.display()
+        );
+        let options: Vec<_> = options.split_whitespace().collect();
+        let options = [&options[..], &keys(&ca, &key, &server), pool].concat();
+        let log = authority.file(&format!("server-{index}.log"));
+        servers.push(Process::start(&namespace, log.into(), &options));
     }
     servers.iter_mut().for_each(Process::wait_ready);
 
-    // A client that loses its connection ends.
-    let mut clients: Vec<(&str, Process)> = Vec::new();
-    for (index, (name, server)) in CLIENTS.iter().enumerate() {
+    let start_client = |index: usize, name: &str, server: usize| {
         let certificate = format!("client-{index}");
         authority.issue(name, &certificate);
         let certificate = authority.file(&certificate);
-        let common = [
-            "--client",
-            "--dev",
-            "null",
-            "--proto",
-            "tcp-client",
-            "--nobind",
-            "--ifconfig-noexec",
-            "--route-noexec",
-            "--remap-usr1",
-            "SIGTERM",
-            "--remote",
-            "127.0.0.1",
-            ports[*server],
-        ];
-        let log = files.join(&format!("client-{index}.log"));
-        let options = [&common[..], &keys(&ca, &key, &certificate)].concat();
-        clients.push((name, Process::start(&namespace, log, &options)));
+        // A client that loses its connection ends.
+        let options = format!(
+            "--client --dev null --proto tcp-client --nobind --ifconfig-noexec --route-noexec \
+             --remap-usr1 SIGTERM --remote 127.0.0.1 {}",
+            ports[server]
+        );
+        let options: Vec<_> = options.split_whitespace().collect();
+        let options = [&options[..], &keys(&ca, &key, &certificate)].concat();
+        Process::start(&namespace, format!("{certificate}.log").into(), &options)
+    };
+    let mut clients = Vec::new();
+    for (index, (name, server)) in CLIENTS.iter().enumerate() {
+        clients.push((*name, start_client(index, name, *server)));
     }
     clients.iter_mut().for_each(|(_, client)| client.wait_ready());
 
-    let backend = OpenVpn::new(sockets.path().to_owned());
-    check_list(&backend);
-    check_probe(&backend);
-    check_held_socket(&backend, &sockets.join("default-1.sock"));
-    check_disconnect(&backend, &mut clients);
+    let daemon = Daemon::start(&["-openvpn-dir", sockets.path().to_str().unwrap()]);
+    check_list(&daemon);
+    check_held_socket(&daemon, &sockets.path().join("default-1.sock"));
+    check_disconnect(&daemon, &mut clients);
 
-    // A process that hangs is no process without clients; one that has gone is.
-    let pid = nix::unistd::Pid::from_raw(servers[0].child.id().try_into().unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::SIGSTOP).unwrap();
-    let listing = backend.clients(Instant::now() + Duration::from_millis(800)).unwrap();
-    assert_eq!(listing.failed.len(), 1);
-    assert_eq!(listing.failed[0].error.to_string(), "did not answer within 0.8 s");
-    nix::sys::signal::kill(pid, nix::sys::signal::SIGCONT).unwrap();
-    assert!(backend.clients(soon()).unwrap().failed.is_empty());
+    // A process whose script hangs is no process without clients, and answers when it is over.
+    fs::write(format!("{script}-hangs"), "").unwrap();
+    let mut late = start_client(CLIENTS.len(), "late", 0);
+    wait_until("the script hangs", || {
+        list(&daemon)["failed"] == json!([{"socket": "default-0.sock", "error": NO_ANSWER}])
+    });
+    late.wait_ready();
+    wait_until("it answers again", || list(&daemon)["failed"].is_null());
+    assert_eq!(list(&daemon)["connection_list"][0]["common_name"], "late");
+
+    // So with one that is stopped; one that has gone has no clients.
+    let signal = |name| run("kill", &["-s", name, &servers[0].child.id().to_string()]);
+    signal("STOP");
+    assert_eq!(list(&daemon)["failed"], json!([{"socket": "default-0.sock", "error": NO_ANSWER}]));
+    signal("CONT");
+    assert_eq!(list(&daemon)["failed"], Value::Null);
     servers.clear();
-    assert_eq!(backend.sockets().unwrap().len(), 3, "their files are stale");
-    let listing = backend.clients(soon()).unwrap();
-    assert!(listing.clients().next().is_none() && listing.failed.is_empty());
+    assert_eq!(fs::read_dir(sockets.path()).unwrap().count(), 3, "their files are stale");
+    assert_eq!(list(&daemon), json!({"connection_list": []}));
 }
 
-fn check_list(backend: &OpenVpn) {
-    let listing = backend.clients(soon()).unwrap();
-    assert!(listing.failed.is_empty(), "{:?}", listing.failed);
+const NO_ANSWER: &str = "did not answer within 2.5 s";
+
+fn list(daemon: &Daemon) -> Value {
+    daemon.get("/o/connection_list").json()
+}
+
+fn check_list(daemon: &Daemon) {
+    let list = list(daemon);
+    assert_eq!(list["failed"], Value::Null);
     let mut listed: Vec<(&str, usize)> = Vec::new();
-    for client in listing.clients() {
-        let ipv4 = client.ipv4.parse::<Ipv4Addr>().ok().map(|address| address.octets()[1]);
-        let ipv6 = client.ipv6.parse::<Ipv6Addr>().ok().map(|address| address.segments()[0]);
-        let server = match (ipv4, ipv6) {
-            (Some(91), Some(0xfd91)) => 0,
-            (None, Some(0xfd92)) => 1,
-            (Some(93), None) => 2,
+    for client in list["connection_list"].as_array().unwrap() {
+        let text = |field: &str| client[field].as_str().unwrap();
+        let server = match (text("ip_four").get(..6), text("ip_six").get(..6)) {
+            (Some("10.91."), Some("fd91::")) => 0,
+            (None, Some("fd92::")) => 1,
+            (Some("10.93."), None) => 2,
             _ => panic!("{client:?}"),
         };
-        listed.push((client.common_name, server));
+        listed.push((text("common_name"), server));
     }
     let mut expected = CLIENTS;
     expected.sort_unstable();
@@ -265,41 +252,31 @@ fn check_list(backend: &OpenVpn) {
     assert_eq!(listed, expected);
 }
 
-fn check_probe(backend: &OpenVpn) {
-    for socket in backend.sockets().unwrap() {
-        let version = backend.probe(&socket, soon()).unwrap();
-        assert!(version.starts_with("OpenVPN Management Interface Version "), "{version}");
-    }
-}
-
 /// Somebody else talks to one of the processes.
-fn check_held_socket(backend: &OpenVpn, socket: &Path) {
+fn check_held_socket(daemon: &Daemon, socket: &Path) {
     let mut holder = UnixStream::connect(socket).unwrap();
     holder.read_exact(&mut [0; 10]).unwrap();
-    let deadline = Instant::now() + Duration::from_millis(800);
-    let listing = backend.clients(deadline).unwrap();
-    assert_eq!(listing.failed.len(), 1);
-    assert_eq!(listing.failed[0].socket, "default-1.sock");
-    let error = &listing.failed[0].error;
-    assert!(matches!(error, SocketError::NoAnswer { stage: Stage::Greeting, .. }), "{error:?}");
+    for _ in 0..2 {
+        let failed = &list(daemon)["failed"];
+        assert_eq!(failed, &json!([{"socket": "default-1.sock", "error": NO_ANSWER}]));
+    }
     drop(holder);
-    check_list(backend);
+    check_list(daemon);
     // Callers that come at once all get whole lists.
     thread::scope(|scope| {
         for _ in 0..20 {
-            scope.spawn(|| check_list(backend));
+            scope.spawn(|| check_list(daemon));
         }
     });
 }
 
 /// Each name in turn: all of its clients go, nobody else does.
-fn check_disconnect(backend: &OpenVpn, clients: &mut Vec<(&str, Process)>) {
-    let nobody = "nobody".parse().unwrap();
-    assert_eq!(backend.disconnect(&nobody, soon()).unwrap(), 0);
+fn check_disconnect(daemon: &Daemon, clients: &mut Vec<(&str, Process)>) {
+    let disconnect = |name: &str| daemon.post("/o/disconnect_client", &[("common_name", name)]);
+    assert_eq!(disconnect("nobody").status, 204);
     while let Some((name, _)) = clients.first() {
         let name = *name;
-        let own = clients.iter().filter(|(other, _)| *other == name).count();
-        assert_eq!(backend.disconnect(&name.parse().unwrap(), soon()).unwrap(), own, "{name:?}");
+        assert_eq!(disconnect(name).status, 204, "{name:?}");
         for (_, client) in clients.iter_mut().filter(|(other, _)| *other == name) {
             wait_until(name, || !client.is_running());
         }
@@ -308,9 +285,12 @@ fn check_disconnect(backend: &OpenVpn, clients: &mut Vec<(&str, Process)>) {
             assert!(client.is_running(), "{name:?} ended {other:?}");
         }
         wait_until("it is gone from the list", || {
-            let listing = backend.clients(soon()).unwrap();
-            assert!(listing.clients().count() >= clients.len());
-            listing.clients().count() == clients.len()
+            let listed = list(daemon)["connection_list"].as_array().unwrap().len();
+            assert!(listed >= clients.len());
+            listed == clients.len()
         });
     }
+    let log = daemon.log();
+    let disconnected = log.iter().filter(|line| line.contains(": disconnected ")).count();
+    assert_eq!(disconnected, CLIENTS.len() - 1, "a line for each name: {log:#?}");
 }

@@ -3,8 +3,7 @@
 
 use std::io::{self, Read, Write};
 
-use super::{Peer, connections};
-use crate::openvpn::{Clients, Listing};
+use super::Peer;
 use crate::wireguard::{Peers, PublicKey, Synced};
 
 /// How much is written at a time.
@@ -28,8 +27,6 @@ enum Part {
     Text(String),
     Keys(Vec<PublicKey>),
     Peers(Peers),
-    /// Those of one process are one item; none is empty.
-    Clients(Vec<Clients>),
 }
 
 impl Part {
@@ -55,13 +52,6 @@ impl Part {
                 }
                 None => return Ok(false),
             },
-            Self::Clients(processes) => match processes.get(item) {
-                Some(clients) => {
-                    to.write_all(comma)?;
-                    connections::write(clients, to)?;
-                }
-                None => return Ok(false),
-            },
             Self::Text(_) => {}
         }
         Ok(true)
@@ -75,21 +65,6 @@ impl Stream {
             Part::Text(r#"{"peer_list":["#.to_owned()),
             Part::Peers(peers),
             Part::Text("]}".to_owned()),
-        ])
-    }
-
-    /// `GET /o/connection_list`, in the order of the sockets' names.
-    pub fn connection_list(listing: Listing) -> io::Result<Self> {
-        let Listing { mut processes, failed } = listing;
-        processes.retain(|clients| !clients.is_empty());
-        let end = match failed.as_slice() {
-            [] => "]}".to_owned(),
-            failed => format!(r#"],"failed":{}}}"#, connections::failed(failed)?),
-        };
-        Self::new(vec![
-            Part::Text(r#"{"connection_list":["#.to_owned()),
-            Part::Clients(processes),
-            Part::Text(end),
         ])
     }
 
@@ -164,10 +139,8 @@ impl Write for Count {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
     use std::time::{Duration, SystemTime};
 
-    use crate::openvpn::{Client, Failure, SocketError};
     use crate::wireguard;
 
     fn peers(count: u32) -> Peers {
@@ -204,34 +177,6 @@ mod tests {
             let plain = serde_json::to_string(&serde_json::json!({ "peer_list": plain })).unwrap();
             assert_eq!(text(Stream::peer_list(peers).unwrap()), plain);
         }
-    }
-
-    #[test]
-    fn connections() {
-        let client = |common_name| Client { common_name, ipv4: "10.0.0.1", ipv6: "" };
-        let process = |names: &[&'static str]| names.iter().copied().map(client).collect();
-        let (socket, error) = ("s".to_owned(), SocketError::Password);
-        let failed = vec![Failure { socket, error }];
-        let all = vec![process(&[]), process(&["a", "b"]), process(&[]), process(&["\""])];
-        for (processes, names) in [(all, json!(["a", "b", "\""])), (vec![process(&[])], json!([]))]
-        {
-            for failed in [vec![], failed.clone()] {
-                let text = text(
-                    Stream::connection_list(Listing { processes: processes.clone(), failed })
-                        .unwrap(),
-                );
-                let value: serde_json::Value = serde_json::from_str(&text).unwrap();
-                let connections = value["connection_list"].as_array().unwrap();
-                let listed: Vec<_> = connections.iter().map(|c| c["common_name"].clone()).collect();
-                assert_eq!(json!(listed), names, "{text}");
-            }
-        }
-        let nothing = Listing { processes: vec![], failed: vec![] };
-        assert_eq!(text(Stream::connection_list(nothing).unwrap()), r#"{"connection_list":[]}"#);
-        let failure = Listing { processes: vec![], failed };
-        assert!(text(Stream::connection_list(failure).unwrap()).starts_with(
-            r#"{"connection_list":[],"failed":[{"socket":"s","error":"asked for a password"#
-        ));
     }
 
     #[test]

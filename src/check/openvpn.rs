@@ -12,7 +12,7 @@ use nix::unistd::geteuid;
 
 use super::Entry;
 use crate::cli::Options;
-use crate::openvpn::{Error, OpenVpn, SocketError, Stage};
+use crate::openvpn::{self, OpenVpn};
 
 /// For one greeting. A client of the process that connects may keep it for longer than this, and
 /// is told apart by asking again.
@@ -35,17 +35,18 @@ pub(super) fn look(directory: &Path) -> Vec<Entry> {
     let openvpn = OpenVpn::new(directory.to_owned());
     let sockets = match openvpn.sockets() {
         Ok(sockets) => sockets,
-        Err(Error::Directory { error, .. }) if error.kind() == ErrorKind::PermissionDenied => {
-            let seen = format!("{shown} may not be listed: permission denied");
-            return vec![Entry::problem(SUBJECT, seen, open_directory(directory))];
-        }
-        Err(error) => {
-            let remedy = "name the directory of the management sockets with -openvpn-dir";
-            return vec![Entry::problem(SUBJECT, error.to_string(), remedy)];
+        Err(failure) => {
+            let remedy = match fs::read_dir(directory) {
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                    open_directory(directory)
+                }
+                _ => "name the directory of the management sockets with -openvpn-dir".to_owned(),
+            };
+            return vec![Entry::problem(SUBJECT, failure.sentence, remedy)];
         }
     };
     let mut entries = vec![directory_entry(directory, sockets.len())];
-    entries.extend(probe_all(&openvpn, &sockets));
+    entries.extend(probe_all(&sockets));
     entries
 }
 
@@ -108,14 +109,14 @@ fn openvpn_runs() -> bool {
     })
 }
 
-fn probe_all(openvpn: &OpenVpn, sockets: &[PathBuf]) -> Vec<Entry> {
+fn probe_all(sockets: &[PathBuf]) -> Vec<Entry> {
     let (left, found) = (Mutex::new(sockets.iter()), Mutex::new(Vec::new()));
     let next = || lock(&left).next();
     thread::scope(|scope| {
         for _ in 0..sockets.len().min(AT_ONCE) {
             let work = || {
                 while let Some(socket) = next() {
-                    let entry = probe(openvpn, socket);
+                    let entry = probe(socket);
                     lock(&found).push(entry);
                 }
             };
@@ -132,43 +133,42 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn probe(openvpn: &OpenVpn, socket: &Path) -> Entry {
+fn probe(socket: &Path) -> Entry {
     let subject = socket.file_name().unwrap_or_default().to_string_lossy();
-    let (path, result) = (socket.display(), openvpn.probe(socket, Instant::now() + TIME));
-    let (seen, remedy) = match result {
+    let path = socket.display();
+    let error = match openvpn::probe(socket, Instant::now() + TIME) {
         Ok(version) => return Entry::ok(subject, format!("answers: {version}")),
-        Err(SocketError::NotThere) => {
-            let seen = "is stale: no process listens on it";
-            return Entry::warning(subject, seen, format!("start its OpenVPN, or: rm {path}"));
+        Err(error) => error,
+    };
+    let (seen, remedy) = match error.kind() {
+        ErrorKind::NotFound => {
+            let remedy = format!("start its OpenVPN, or: rm {path}");
+            return Entry::warning(subject, error.to_string(), remedy);
         }
-        Err(SocketError::NoAnswer { stage, .. }) => (
-            format!("does not answer within {:.1} s: {stage}", TIME.as_secs_f64()),
-            match stage {
-                Stage::Turn | Stage::Reply => "try again".to_owned(),
-                Stage::Connect | Stage::Greeting => format!(
-                    "end the program that holds it, or restart its OpenVPN; both are shown by: ss \
-                     -xp | grep -F \"$(ss -Hx src {path} | awk '{{print $8}}')\""
-                ),
-            },
+        ErrorKind::TimedOut => (
+            format!("did not answer within {:.1} s: {error}", TIME.as_secs_f64()),
+            format!(
+                "end the program that holds it, or restart its OpenVPN; both are shown by: ss -xp \
+                 | grep -F \"$(ss -Hx src {path} | awk '{{print $8}}')\""
+            ),
         ),
-        Err(SocketError::Password) => (
-            "asks for a password, which the daemon does not have".to_owned(),
-            format!("management {path} unix, without a password file, in its configuration"),
-        ),
-        Err(SocketError::Permission) => (
-            "may not be used: permission denied".to_owned(),
+        ErrorKind::PermissionDenied => (
+            error.to_string(),
             match fs::metadata(socket) {
                 Ok(_) => format!("chmod a+rw {path}"),
                 // The directory may be listed and not be entered.
                 Err(_) => open_directory(socket.parent().unwrap_or(socket)),
             },
         ),
-        Err(error @ SocketError::PathTooLong(_)) => {
+        ErrorKind::InvalidFilename => {
             (error.to_string(), "-openvpn-dir with a shorter path".to_owned())
         }
-        Err(error) => (
+        _ => (
             error.to_string(),
-            format!("check that it is an OpenVPN management socket: management {path} unix"),
+            format!(
+                "make it an OpenVPN management socket: management {path} unix, without a password \
+                 file, in its configuration"
+            ),
         ),
     };
     Entry::problem(subject, seen, remedy)

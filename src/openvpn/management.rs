@@ -1,23 +1,19 @@
-//! One conversation with one management socket: connecting, greeting, commands, replies, and
-//! why it failed. Nothing here waits; [`super::fanout`] does.
+//! One conversation with one management socket, from top to bottom: connecting, greeting, command,
+//! reply. Every function ends by its deadline, and its error completes "OpenVPN management socket
+//! `socket` …"; of a time-out it says what was waited for.
 //!
 //! Protocol: `doc/management-notes.txt` and `manage.c` of OpenVPN. One command at a time, since
 //! OpenVPN throws away what it has not sent yet when it reads more. Lines that begin with `>`
 //! are news and may stand anywhere. There is no need to say good-bye.
 
-use std::fmt;
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use memchr::memchr_iter;
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-
-use super::commands::{Dialogue, Step};
-use super::status::Malformed;
+use super::status::Report;
+use super::{Client, CommonName};
+use crate::unix::Stream;
 
 /// Longest line. OpenVPN's rows are below 512 bytes, its log lines (news) below 2 KiB or so.
 const MAX_LINE: usize = 8 * 1024;
@@ -29,323 +25,368 @@ const MAX_RECEIVED: usize = 2 * 1024 * 1024;
 /// Most characters of a process' own words in an error.
 const MAX_EXCERPT: usize = 200;
 
-/// Why a conversation failed: completes the sentence "OpenVPN management socket `socket` …".
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum SocketError {
-    /// Time was up. `budget` is how long the whole call had.
-    NoAnswer {
-        /// How long the whole call had.
-        budget: Duration,
-        /// What it was waiting for.
-        stage: Stage,
-    },
-    /// Nobody listens: a stale file, or it went away just now. Its process has no clients.
-    NotThere,
-    /// The daemon may not connect.
-    Permission,
-    /// The process wants a management password first, which the daemon does not have.
-    Password,
-    /// The process closed the connection.
-    Closed(Stage),
-    /// The reply is none; what it held.
-    NotUnderstood(String),
-    /// A line or the whole reply is longer than any real one; its limit in bytes.
-    TooLong {
-        /// What was too long.
-        what: &'static str,
-        /// Its limit in KiB.
-        limit: usize,
-    },
-    /// The process answered `ERROR:`; its reason.
-    Refused(String),
-    /// The path has this many bytes; a Unix socket address holds 107.
-    PathTooLong(usize),
-    /// There are more sockets than the daemon asks at once, which is this many.
-    TooMany(usize),
-    /// The operating system refused; what was to be done and why it was not.
-    System(&'static str, Errno),
-}
-
-/// Where a conversation stands.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stage {
-    /// Other requests of this daemon are being served at this socket.
-    Turn,
-    /// Two others wait at the socket already.
-    Connect,
-    /// Connected, not greeted yet.
-    Greeting,
-    /// A command has been sent.
-    Reply,
-}
-
-/// Connects; `None` when too many others wait at the socket, which nothing but time tells.
-pub(super) fn connect_to(path: &Path) -> Result<Option<UnixStream>, SocketError> {
-    let address = UnixAddr::new(path).map_err(|error| match error {
-        Errno::ENAMETOOLONG => SocketError::PathTooLong(path.as_os_str().len()),
-        error => SocketError::System("could not be addressed", error),
-    })?;
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)
-        .map_err(|error| SocketError::System("could not be opened", error))?;
-    match connect(stream.as_raw_fd(), &address) {
-        Ok(()) => Ok(Some(UnixStream::from(stream))),
-        Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
-        Err(Errno::ECONNREFUSED | Errno::ENOENT) => Err(SocketError::NotThere),
-        Err(Errno::EACCES | Errno::EPERM) => Err(SocketError::Permission),
-        Err(error) => Err(SocketError::System("could not be connected to", error)),
-    }
-}
-
-/// What has been said so far. Bytes in, commands out; [`Conversation::pump`] moves both.
-pub(super) struct Conversation<D> {
-    pub(super) dialogue: D,
-    greeted: bool,
-    /// The beginning of a line whose end has not come yet.
-    partial: Vec<u8>,
-    received: usize,
-    outgoing: Vec<u8>,
-}
-
-impl<D: Dialogue> Conversation<D> {
-    pub(super) fn new(dialogue: D) -> Self {
-        Self { dialogue, greeted: false, partial: Vec::new(), received: 0, outgoing: Vec::new() }
-    }
-
-    /// What a connected process is to send next.
-    pub(super) fn stage(&self) -> Stage {
-        if self.greeted { Stage::Reply } else { Stage::Greeting }
-    }
-
-    /// Reads once into `scratch`, then sends the command that this led to. Whether all is said.
-    pub(super) fn pump(
-        &mut self,
-        stream: &mut UnixStream,
-        scratch: &mut [u8],
-    ) -> Result<bool, SocketError> {
-        let received = match stream.read(scratch) {
-            Ok(0) => return Err(SocketError::Closed(self.stage())),
-            Ok(length) => scratch.get(..length).unwrap_or_default(),
-            Err(error) => {
-                return match error.kind() {
-                    ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(false),
-                    ErrorKind::ConnectionReset => Err(SocketError::Closed(self.stage())),
-                    _ => Err(system("could not be read", &error)),
-                };
-            }
-        };
-        if self.feed(received)? {
-            return Ok(true);
-        }
-        let outgoing = std::mem::take(&mut self.outgoing);
-        // An empty socket buffer holds any command: there is no waiting for one that is full.
-        stream.write_all(&outgoing).map_err(|error| match error.kind() {
-            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => SocketError::Closed(self.stage()),
-            _ => system("could not be written", &error),
-        })?;
-        Ok(false)
-    }
-
-    /// Takes in what was received. Whether all is said.
-    fn feed(&mut self, bytes: &[u8]) -> Result<bool, SocketError> {
-        self.received += bytes.len();
-        let mut start = 0;
-        for end in memchr_iter(b'\n', bytes) {
-            let line = bytes.get(start..end).unwrap_or_default();
-            start = end + 1;
-            let step = if self.partial.is_empty() {
-                self.line(line)?
-            } else {
-                self.partial.extend_from_slice(line);
-                let line = std::mem::take(&mut self.partial);
-                self.line(&line)?
-            };
-            match step {
-                Step::Wait => {}
-                Step::Send(command) => {
-                    self.outgoing.extend_from_slice(command.as_bytes());
-                    self.outgoing.push(b'\n');
-                }
-                Step::Done => return Ok(true),
-            }
-        }
-        self.partial.extend_from_slice(bytes.get(start..).unwrap_or_default());
-        if !self.greeted && self.partial.starts_with(PASSWORD) {
-            return Err(SocketError::Password);
-        }
-        within("a line", self.partial.len(), MAX_LINE)?;
-        within("a reply", self.received, MAX_RECEIVED)?;
-        Ok(false)
-    }
-
-    fn line(&mut self, line: &[u8]) -> Result<Step, SocketError> {
-        within("a line", line.len(), MAX_LINE)?;
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        if let Some(greeting) = line.strip_prefix(b">INFO:")
-            && !self.greeted
-        {
-            self.greeted = true;
-            Ok(self.dialogue.greeted(&excerpt(greeting)))
-        } else if line.starts_with(b">") {
-            Ok(Step::Wait)
-        } else if self.greeted {
-            self.dialogue.reply(line)
-        } else if line.starts_with(PASSWORD) {
-            Err(SocketError::Password)
-        } else {
-            let line = excerpt(line);
-            Err(SocketError::NotUnderstood(format!("\"{line}\" for a greeting")))
-        }
-    }
-}
+/// Without a greeting for this long, a second connection knocks.
+///
+/// An OpenVPN server on TCP (up to 2.6; on any protocol in 2.7) that finds a connection in its
+/// backlog dead accepts the next one and forgets to watch it, since nothing has changed for
+/// `man_persist_state` (`manage.c`): it greets only when yet another connection comes. Callers
+/// that gave up on a hanging process leave such dead ones.
+const KNOCK_AFTER: Duration = Duration::from_millis(200);
 
 /// Comes in place of the greeting, without a line end.
-const PASSWORD: &[u8] = b"ENTER PASSWORD:";
+const PASSWORD: &str = "ENTER PASSWORD:";
 
-fn within(what: &'static str, length: usize, limit: usize) -> Result<(), SocketError> {
+/// `kill` copies what stands before the first colon into 128 bytes and reads on after them as
+/// if there had been a colon (`man_kill` in `manage.c`).
+const MAX_KILL_BYTES: usize = 127;
+
+/// The clients that have an address.
+pub(super) fn list(socket: &Path, deadline: Instant) -> io::Result<Vec<Client>> {
+    let mut conversation = Conversation::open(socket, deadline)?;
+    let mut clients = conversation.status()?;
+    conversation.close();
+    clients.retain(|client| client.ipv4.is_some() || client.ipv6.is_some());
+    Ok(clients)
+}
+
+/// Disconnects all clients of that name. `disconnected` counts them as they go, also when this
+/// fails half-way.
+pub(super) fn disconnect(
+    socket: &Path,
+    name: &CommonName,
+    deadline: Instant,
+    disconnected: &AtomicUsize,
+) -> io::Result<()> {
+    let mut conversation = Conversation::open(socket, deadline)?;
+    let name = name.as_str();
+    // `kill` reads a colon as part of an address, even in quotes. U+FFFD may stand for bytes that
+    // we were shown but cannot write.
+    if !name.contains([':', char::REPLACEMENT_CHARACTER]) && name.len() <= MAX_KILL_BYTES {
+        let reply = conversation.ask(&format!("kill {}", quoted(name)))?;
+        let count = killed(&reply).ok_or_else(|| unexpected(&reply))?;
+        disconnected.store(count, Ordering::Relaxed);
+    } else {
+        let clients = conversation.status()?;
+        let ids = clients
+            .iter()
+            .filter(|client| client.common_name == name)
+            .map(|client| client.id.ok_or_else(|| not_understood("a client without an id")));
+        // OpenVPN tells such a client to restart and lets go of it 5 s later.
+        for id in ids.collect::<io::Result<Vec<_>>>()? {
+            let reply = conversation.ask(&format!("client-kill {id}"))?;
+            if reply.starts_with("SUCCESS:") {
+                disconnected.fetch_add(1, Ordering::Relaxed);
+            } else if reply != "ERROR: client-kill command failed" {
+                return Err(unexpected(&reply));
+            } // else it has gone since the list was made.
+        }
+    }
+    conversation.close();
+    Ok(())
+}
+
+/// The version of the management interface, as the process words it. Says nothing itself.
+pub(crate) fn probe(socket: &Path, deadline: Instant) -> io::Result<String> {
+    let conversation = Conversation::open(socket, deadline)?;
+    let version = conversation.greeting.as_deref().and_then(|text| text.split(" -- ").next());
+    let version = version.map(excerpt).unwrap_or_default();
+    conversation.close();
+    Ok(version)
+}
+
+struct Conversation {
+    stream: BufReader<Stream>,
+    /// The beginning of a line whose end has not come yet.
+    line: Vec<u8>,
+    received: usize,
+    /// What stands behind `>INFO:` in the first such line.
+    greeting: Option<String>,
+    knock: Option<Stream>,
+}
+
+impl Conversation {
+    /// Connects and waits until it is being served.
+    fn open(socket: &Path, deadline: Instant) -> io::Result<Self> {
+        let stream = Stream::connect(socket, deadline).map_err(|error| refused(socket, &error))?;
+        let mut conversation = Self {
+            stream: BufReader::with_capacity(16 * 1024, stream),
+            line: Vec::new(),
+            received: 0,
+            greeting: None,
+            knock: None,
+        };
+        while conversation.greeting.is_none() {
+            let overdue = deadline.min(Instant::now() + KNOCK_AFTER);
+            conversation.stream.get_mut().deadline = overdue;
+            match conversation.next_line() {
+                Ok(line) if line.starts_with(PASSWORD) => {
+                    return Err(io::Error::other(
+                        "asked for a password; remove the password file from the `management` \
+                         line of its OpenVPN configuration",
+                    ));
+                }
+                Ok(line) => match line.strip_prefix(">INFO:") {
+                    Some(greeting) => conversation.greeting = Some(greeting.to_owned()),
+                    None if line.starts_with('>') => {}
+                    None => {
+                        let line = excerpt(&line);
+                        return Err(not_understood(&format!("\"{line}\" for a greeting")));
+                    }
+                },
+                Err(error) if error.kind() == ErrorKind::TimedOut && overdue < deadline => {
+                    if conversation.knock.is_none() {
+                        let at_once = Instant::now() + Duration::from_millis(1);
+                        // A full backlog: others are knocking.
+                        conversation.knock = Stream::connect(socket, at_once).ok();
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        conversation.stream.get_mut().deadline = deadline;
+        Ok(conversation)
+    }
+
+    /// Sends a command. The first line of its reply.
+    fn ask(&mut self, command: &str) -> io::Result<String> {
+        let written = self.stream.get_mut().write_all(format!("{command}\n").as_bytes());
+        written.map_err(|error| self.explained(error))?;
+        self.next_reply()
+    }
+
+    /// All clients that have a name.
+    fn status(&mut self) -> io::Result<Vec<Client>> {
+        let (mut report, mut line) = (Report::default(), self.ask("status 3")?);
+        loop {
+            if line.starts_with("ERROR:") {
+                return Err(unexpected(&line));
+            }
+            if report.line(&line).map_err(not_understood)? {
+                return Ok(report.clients);
+            }
+            line = self.next_reply()?;
+        }
+    }
+
+    fn next_reply(&mut self) -> io::Result<String> {
+        loop {
+            let line = self.next_line()?;
+            if !line.starts_with('>') {
+                return Ok(line);
+            }
+        }
+    }
+
+    /// The next line without its end; after a time-out it may be called again. U+FFFD stands for
+    /// what is not UTF-8.
+    fn next_line(&mut self) -> io::Result<String> {
+        loop {
+            let received = match self.stream.fill_buf() {
+                Ok([]) => return Err(self.explained(ErrorKind::UnexpectedEof.into())),
+                Ok(received) => received,
+                Err(error) => return Err(self.explained(error)),
+            };
+            let end = received.iter().position(|byte| *byte == b'\n');
+            let length = end.map_or(received.len(), |end| end + 1);
+            self.line.extend_from_slice(received.get(..length).unwrap_or_default());
+            self.stream.consume(length);
+            self.received += length;
+            within("a line", self.line.len(), MAX_LINE)?;
+            within("a reply", self.received, MAX_RECEIVED)?;
+            if end.is_some() || self.line.starts_with(PASSWORD.as_bytes()) {
+                let line = std::mem::take(&mut self.line);
+                let line = String::from_utf8_lossy(&line);
+                let line = line.strip_suffix('\n').unwrap_or(&line);
+                return Ok(line.strip_suffix('\r').unwrap_or(line).to_owned());
+            }
+        }
+    }
+
+    fn explained(&self, error: io::Error) -> io::Error {
+        let greeted = self.greeting.is_some();
+        let sentence = match error.kind() {
+            ErrorKind::TimedOut if greeted => "the process did not finish its reply",
+            ErrorKind::TimedOut => "another program holds it, or the process hangs",
+            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+                if greeted {
+                    "closed the connection in the middle of its reply"
+                } else {
+                    "closed the connection before its greeting"
+                }
+            }
+            _ => return io::Error::other(format!("could not be talked to: {error}")),
+        };
+        io::Error::new(error.kind(), sentence)
+    }
+
+    /// Hangs up. The process has yet to take the connection that knocked: left dead in its
+    /// backlog, that would be the next caller's trouble.
+    fn close(self) {
+        let deadline = self.stream.get_ref().deadline;
+        drop(self.stream);
+        if let Some(mut knock) = self.knock {
+            knock.deadline = deadline.min(Instant::now() + KNOCK_AFTER);
+            let _ = knock.read(&mut [0]);
+        }
+    }
+}
+
+/// Why there is no connection.
+fn refused(socket: &Path, error: &io::Error) -> io::Error {
+    let sentence = match error.kind() {
+        ErrorKind::TimedOut => "too many others wait for it, or the process hangs".to_owned(),
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+            return io::Error::new(ErrorKind::NotFound, "is stale: no process listens on it");
+        }
+        ErrorKind::PermissionDenied => "may not be used by the daemon: permission denied; run the \
+             daemon in the group of the directory, and give that group the right to enter it \
+             (mode 0750)"
+            .to_owned(),
+        ErrorKind::InvalidFilename => format!(
+            "has a path of {} bytes, and a Unix socket address holds 107; use a directory with a \
+             shorter path",
+            socket.as_os_str().len()
+        ),
+        _ => format!("could not be connected to: {error}"),
+    };
+    io::Error::new(error.kind(), sentence)
+}
+
+fn within(what: &str, length: usize, limit: usize) -> io::Result<()> {
     if length <= limit {
         return Ok(());
     }
-    let limit = limit / 1024;
-    Err(SocketError::TooLong { what, limit })
+    Err(io::Error::other(format!("sent {what} of more than {} KiB", limit / 1024)))
 }
 
-fn system(what: &'static str, error: &std::io::Error) -> SocketError {
-    let errno = error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
-    SocketError::System(what, errno)
+fn not_understood(what: &str) -> io::Error {
+    io::Error::other(format!("sent a reply that was not understood: {what}"))
+}
+
+/// The error for a line that is neither what was asked for nor a known refusal.
+fn unexpected(line: &str) -> io::Error {
+    match line.strip_prefix("ERROR:") {
+        Some(reason) => io::Error::other(format!("refused the command: {}", excerpt(reason))),
+        None => not_understood(&format!("the line \"{}\"", excerpt(line))),
+    }
 }
 
 /// A process' own words, fit for a log line.
-pub(super) fn excerpt(text: &[u8]) -> String {
-    String::from_utf8_lossy(text)
-        .trim()
-        .chars()
-        .take(MAX_EXCERPT)
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+fn excerpt(text: &str) -> String {
+    let text = text.trim().chars().take(MAX_EXCERPT);
+    text.map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
-impl From<Malformed> for SocketError {
-    fn from(Malformed(what): Malformed) -> Self {
-        Self::NotUnderstood(what.to_owned())
+/// How many clients a reply to `kill` speaks of.
+fn killed(reply: &str) -> Option<usize> {
+    if reply.starts_with("ERROR: common name '") && reply.ends_with("' not found") {
+        return Some(0);
     }
+    let found = reply.strip_prefix("SUCCESS: common name '")?.strip_suffix(" client(s) killed")?;
+    found.rsplit_once("' found, ")?.1.parse().ok()
 }
 
-impl SocketError {
-    /// Whether time was up (as opposed to an answer that is none).
-    pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::NoAnswer { .. })
-    }
-}
-
-impl fmt::Display for Stage {
-    /// Completes "it did not answer: …".
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Turn => "other requests of this daemon were waiting for it",
-            Self::Connect => "too many others wait for it, or the process hangs",
-            Self::Greeting => "another program holds it, or the process hangs",
-            Self::Reply => "the process did not finish its reply",
-        })
-    }
-}
-
-impl fmt::Display for SocketError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoAnswer { budget, .. } => {
-                write!(f, "did not answer within {:.1} s", budget.as_secs_f64())
-            }
-            Self::NotThere => f.write_str("is stale: no process listens on it"),
-            Self::Permission => f.write_str(
-                "may not be used by the daemon: permission denied; run the daemon in the group \
-                 of the directory, and give that group the right to enter it (mode 0750)",
-            ),
-            Self::Password => f.write_str(
-                "asked for a password; remove the password file from the `management` line of \
-                 its OpenVPN configuration",
-            ),
-            Self::Closed(Stage::Reply) => {
-                f.write_str("closed the connection in the middle of its reply")
-            }
-            Self::Closed(_) => f.write_str("closed the connection before its greeting"),
-            Self::NotUnderstood(what) => write!(f, "sent a reply that was not understood: {what}"),
-            Self::TooLong { what, limit } => write!(f, "sent {what} of more than {limit} KiB"),
-            Self::Refused(reason) => write!(f, "refused the command: {reason}"),
-            Self::PathTooLong(length) => write!(
-                f,
-                "has a path of {length} bytes, and a Unix socket address holds 107; use a \
-                 directory with a shorter path"
-            ),
-            Self::TooMany(limit) => {
-                write!(f, "was not asked: the directory has more than {limit} sockets")
-            }
-            Self::System(what, error) => write!(f, "{what}: {}", error.desc()),
-        }
-    }
+/// One parameter for OpenVPN's `parse_line` (`options_parse.c`).
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::openvpn::commands::List;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
 
-    /// A whole conversation, cut into pieces of every size: its list, or its error.
-    fn talk(received: &[u8]) -> Result<Option<usize>, SocketError> {
-        let whole = pieces(received, received.len());
-        for size in [1, 2, 3, 7, 100] {
-            assert_eq!(pieces(received, size), whole, "in pieces of {size}");
-        }
-        whole
+    /// How many clients a list has when the process sends this in pieces of that size, then nothing
+    /// more; or its error.
+    fn talk(received: &[u8], size: usize) -> Result<usize, String> {
+        let name = format!("management-{}-{size}.sock", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut stream = listener.accept().unwrap().0;
+                let _ = received.chunks(size).try_for_each(|piece| stream.write_all(piece));
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+                let _ = stream.read_to_end(&mut Vec::new());
+            });
+            let result = list(&path, Instant::now() + Duration::from_secs(60));
+            std::fs::remove_file(&path).unwrap();
+            result.map(|clients| clients.len()).map_err(|error| error.to_string())
+        })
     }
-
-    fn pieces(received: &[u8], size: usize) -> Result<Option<usize>, SocketError> {
-        let mut conversation = Conversation::new(List::new());
-        for piece in received.chunks(size) {
-            if conversation.feed(piece)? {
-                return Ok(Some(conversation.dialogue.clients.len()));
-            }
-        }
-        Ok(None)
-    }
-
-    const REPORT: &str = ">INFO:OpenVPN Management Interface Version 5\r\n\
-        HEADER\tCLIENT_LIST\tCommon Name\tVirtual Address\r\n\
-        CLIENT_LIST\tEND\t10.0.0.1\r\n";
 
     #[test]
     fn conversations() {
-        assert_eq!(talk(format!("{REPORT}END\r\n").as_bytes()), Ok(Some(1)));
-        assert_eq!(talk(format!("{REPORT}END\n").as_bytes()), Ok(Some(1)));
-        assert_eq!(
-            talk(format!("{REPORT}>LOG:1,I,x\r\n>INFO:END\r\nEND\r\n").as_bytes()),
-            Ok(Some(1))
-        );
-        assert_eq!(talk(format!(">HOLD:x\r\n{REPORT}END\r\n").as_bytes()), Ok(Some(1)));
-        for open in ["", "END\r", "END", ">END\r\n"] {
-            assert_eq!(talk(format!("{REPORT}{open}").as_bytes()), Ok(None), "{open}");
+        let greeting = ">INFO:OpenVPN Management Interface Version 5\r\n";
+        let report = "HEADER\tCLIENT_LIST\tCommon Name\tVirtual Address\r\n\
+            CLIENT_LIST\tEND\t10.0.0.1\r\nCLIENT_LIST\tno address\t\r\n";
+        let closed = Err("closed the connection in the middle of its reply");
+        let password = Err("asked for a password");
+        for (received, expected) in [
+            (format!("{greeting}{report}END\r\n"), Ok(1)),
+            (format!("{greeting}{report}END\n"), Ok(1)),
+            (format!(">HOLD:x\r\n{greeting}{report}>INFO:END\r\nEND\r\n>LOG:"), Ok(1)),
+            (format!("{greeting}{report}"), closed),
+            (format!("{greeting}{report}END\r"), closed),
+            (format!("{greeting}{report}>END\r\n"), closed),
+            (greeting.to_owned(), closed),
+            (">INFO:".to_owned(), Err("closed the connection before its greeting")),
+            (
+                format!("{greeting}{report}ERROR: \x07no\r\n"),
+                Err("refused the command: \u{fffd}no"),
+            ),
+            ("ENTER PASSWORD:".to_owned(), password),
+            (format!("ENTER PASSWORD:\r\n{greeting}"), password),
+            ("\r\n".to_owned(), Err("sent a reply that was not understood: \"\" for a greeting")),
+            (format!("{greeting}\r\n"), Err("sent a reply that was not understood: a line that")),
+            (format!("{greeting}>{}", "x".repeat(MAX_LINE)), Err("sent a line of more than 8 KiB")),
+        ] {
+            for size in [1, 2, 7, 100, 100_000] {
+                match (talk(received.as_bytes(), size), expected) {
+                    (Err(error), Err(sentence)) => assert!(error.starts_with(sentence), "{error}"),
+                    (result, expected) => assert_eq!(result.ok(), expected.ok(), "{received:?}"),
+                }
+            }
         }
-        assert_eq!(talk(b"ENTER PASSWORD:"), Err(SocketError::Password));
-        assert_eq!(talk(b"ENTER PASSWORD:\r\n"), Err(SocketError::Password));
-        let error = talk(format!("{REPORT}ERROR: \x07no\r\n").as_bytes());
-        assert_eq!(error, Err(SocketError::Refused("\u{fffd}no".to_owned())));
-        assert!(matches!(talk(b"\r\n"), Err(SocketError::NotUnderstood(_))));
     }
 
     #[test]
-    fn lines_and_replies_are_bounded() {
-        let line = format!(">{}", "x".repeat(MAX_LINE));
-        let too_long = |what, limit: usize| Err(SocketError::TooLong { what, limit: limit / 1024 });
-        assert_eq!(talk(line.as_bytes()), too_long("a line", MAX_LINE));
-        let news = ">x\r\n".repeat(MAX_RECEIVED / 4 + 1);
-        assert_eq!(pieces(news.as_bytes(), 4096), too_long("a reply", MAX_RECEIVED));
-        let most = ">x\r\n".repeat(MAX_RECEIVED / 4);
-        assert_eq!(pieces(most.as_bytes(), 4096), Ok(None));
+    fn parameters_are_quoted() {
+        for (name, parameter) in [
+            ("a b", r#""a b""#),
+            (r#"say "hi""#, r#""say \"hi\"""#),
+            (r"back\slash\", r#""back\\slash\\""#),
+            ("it's; # no", r#""it's; # no""#),
+        ] {
+            assert_eq!(quoted(name), parameter);
+        }
+    }
+
+    #[test]
+    fn replies_to_kill() {
+        for (line, count) in [
+            ("SUCCESS: common name 'a' found, 1 client(s) killed", Some(1)),
+            (
+                "SUCCESS: common name '' found, 9 client(s) killed' found, 12 client(s) killed",
+                Some(12),
+            ),
+            ("ERROR: common name 'a' not found", Some(0)),
+            ("ERROR: common name ' 'x' not found' not found", Some(0)),
+            ("ERROR: kill parse", None),
+            ("ERROR: The 'kill' command is not supported by the current daemon mode", None),
+            ("SUCCESS: common name 'a' found, many client(s) killed", None),
+            ("SUCCESS: 1 client(s) at address 127.0.0.1:5 killed", None),
+            ("END", None),
+            ("", None),
+        ] {
+            assert_eq!(killed(line), count, "{line}");
+        }
     }
 
     #[test]
     fn excerpts_are_short_and_harmless() {
-        assert_eq!(excerpt(b"  a\x1b[2J\x00\xff "), "a\u{fffd}[2J\u{fffd}\u{fffd}");
-        assert_eq!(excerpt(&[b'x'; 9999]).len(), MAX_EXCERPT);
+        assert_eq!(excerpt("  a\x1b[2J\0\u{fffd} "), "a\u{fffd}[2J\u{fffd}\u{fffd}");
+        assert_eq!(excerpt(&"x".repeat(9999)).len(), MAX_EXCERPT);
     }
 }

@@ -1,110 +1,105 @@
 //! OpenVPN clients: asks every management socket of a directory at once, within one deadline.
+//!
+//! OpenVPN serves one connection, lets two wait and refuses the rest: each socket has an agent,
+//! so that the daemon's own callers do not push each other out.
 
-mod address;
-mod clients;
-mod commands;
-mod fanout;
 mod management;
 mod status;
-mod turns;
 
-use std::collections::HashSet;
-use std::fmt;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::num::NonZero;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::thread::available_parallelism;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use log::{debug, info, warn};
-use nix::errno::Errno;
+use log::debug;
 
-pub use clients::{Client, Clients};
-use commands::{Dialogue, Disconnect, List, Probe};
-use fanout::{Helpers, Outcome};
-pub use management::{SocketError, Stage};
-use turns::Turns;
+use crate::agent::{Agent, Answer, Failure, FailureKind};
+use crate::lock;
+pub(crate) use management::probe;
 
-/// Most sockets that one call asks: each takes a file descriptor for a moment.
+/// Most sockets that one call asks.
 const MAX_SOCKETS: usize = 1024;
+
+/// Descriptors that all conversations together take: a connection to each socket, and a second one
+/// where its greeting is overdue.
+pub(crate) const MAX_DESCRIPTORS: u64 = 2 * MAX_SOCKETS as u64;
 
 /// The name on a client's certificate: 1 to 64 characters, no control characters.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct CommonName(String);
+pub(crate) struct CommonName(String);
 
-/// One process that could not be asked, and why.
+/// A connected client.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Failure {
-    /// File name of the management socket in the OpenVPN directory.
-    pub socket: String,
-    /// Completes the sentence "OpenVPN management socket `socket` …".
-    pub error: SocketError,
-}
-
-/// What went wrong with all of OpenVPN. Each variant names the directory.
-#[derive(Debug)]
-pub enum Error {
-    /// The directory is there but cannot be read.
-    Directory {
-        /// Where the management sockets lie.
-        directory: PathBuf,
-        /// Why it cannot be read.
-        error: io::Error,
-    },
-    /// The daemon has no file descriptors left to wait with.
-    Wait {
-        /// Where the management sockets lie.
-        directory: PathBuf,
-        /// What the system said.
-        error: Errno,
-    },
-    /// All processes failed (listing), or some did (disconnecting).
-    Sockets {
-        /// Where the management sockets lie.
-        directory: PathBuf,
-        /// Each process that failed; at least one.
-        failed: Vec<Failure>,
-        /// Clients that were disconnected nevertheless.
-        disconnected: usize,
-    },
+pub(crate) struct Client {
+    /// Name on its certificate (or user name), as OpenVPN reports it; U+FFFD stands for what
+    /// is not UTF-8.
+    pub(crate) common_name: String,
+    /// Its addresses inside the VPN; in a list it has at least one.
+    pub(crate) ipv4: Option<Ipv4Addr>,
+    pub(crate) ipv6: Option<Ipv6Addr>,
+    /// What `client-kill` takes; never used twice by one process. OpenVPN has it since 2.4.
+    id: Option<u64>,
 }
 
 /// The clients of the processes that answered, and the processes that did not.
 #[derive(Debug)]
-pub struct Listing {
+pub(crate) struct Listing {
     /// Clients of each process that answered, in the order of the sockets' names.
-    pub processes: Vec<Clients>,
-    /// Processes that could not be asked; never all of them (that is an [`Error`]).
-    pub failed: Vec<Failure>,
+    pub(crate) processes: Vec<Arc<Vec<Client>>>,
+    /// Never all of them: that is a failure.
+    pub(crate) failed: Vec<SocketFailure>,
 }
 
 impl Listing {
     /// The clients of all processes.
-    pub fn clients(&self) -> impl Iterator<Item = Client<'_>> {
-        self.processes.iter().flat_map(Clients::iter)
+    pub(crate) fn clients(&self) -> impl Iterator<Item = &Client> {
+        self.processes.iter().flat_map(|clients| clients.iter())
     }
+}
+
+/// What became of the clients of one name.
+#[derive(Debug)]
+pub(crate) struct Disconnection {
+    /// File names of sockets, and how many clients were disconnected there; at least one each.
+    pub(crate) disconnected: Vec<(String, usize)>,
+    /// Here some of them may still be connected.
+    pub(crate) failed: Vec<SocketFailure>,
+}
+
+/// One process that could not be asked, and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct SocketFailure {
+    /// File name of the management socket in the OpenVPN directory.
+    pub(crate) socket: String,
+    pub(crate) kind: FailureKind,
+    /// Completes the sentence "OpenVPN management socket `socket` …".
+    pub(crate) error: String,
 }
 
 /// All OpenVPN processes whose management sockets lie in one directory.
 pub struct OpenVpn {
     directory: PathBuf,
-    turns: Turns,
-    helpers: Helpers,
+    agents: Mutex<HashMap<PathBuf, Arc<SocketAgent>>>,
 }
+
+/// Its list is `None` where there is no process.
+type SocketAgent = Agent<Option<Arc<Vec<Client>>>>;
 
 impl OpenVpn {
     /// `directory` holds the management sockets, e.g. `/run/openvpn-server`. It is read at
     /// every call: processes may come and go.
     pub fn new(directory: PathBuf) -> Self {
-        let cpus = available_parallelism().map_or(1, NonZero::get);
-        Self { directory, turns: Turns::default(), helpers: Helpers::new(cpus) }
+        Self { directory, agents: Mutex::default() }
     }
 
     /// Where the management sockets lie.
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
@@ -112,52 +107,113 @@ impl OpenVpn {
     ///
     /// # Errors
     /// The directory cannot be read, or no process could be asked though some are there.
-    pub fn clients(&self, deadline: Instant) -> Result<Listing, Error> {
-        let (outcomes, mut failed) = self.ask(List::new, deadline)?;
-        let mut processes = Vec::new();
-        for Outcome { socket, dialogue, result } in outcomes {
-            match result {
-                Ok(()) => processes.push(dialogue.clients),
-                Err(error) => failed.push(failure(&socket, error)),
-            }
-        }
-        if !failed.is_empty() && processes.is_empty() {
-            return Err(self.sockets_failed(failed, 0));
+    pub(crate) fn clients(&self, deadline: Instant) -> Result<Listing, Failure> {
+        let (answers, failed) = self.ask(deadline, |agent, socket| {
+            let socket = socket.to_owned();
+            agent.list(deadline, move |deadline| {
+                there(management::list(&socket, deadline).map(Arc::new))
+            })
+        })?;
+        let processes: Vec<_> = answers.into_iter().flatten().collect();
+        if processes.is_empty() && !failed.is_empty() {
+            return Err(self.failure(&failed));
         }
         Ok(Listing { processes, failed })
     }
 
-    /// Disconnects all clients of that name from all processes, even when some processes
-    /// fail. Returns how many were disconnected, by `deadline`.
+    /// Disconnects all clients of that name from all processes, even when some processes fail, by
+    /// `deadline`. `asked_by` is for the log.
     ///
     /// `UNDEF` is what OpenVPN calls clients that have not yet proved who they are: that name
     /// disconnects nobody.
     ///
     /// # Errors
-    /// The directory cannot be read, or at least one process could not be asked.
-    pub fn disconnect(&self, name: &CommonName, deadline: Instant) -> Result<usize, Error> {
+    /// The directory cannot be read.
+    pub(crate) fn disconnect(
+        &self,
+        name: &CommonName,
+        asked_by: &str,
+        deadline: Instant,
+    ) -> Result<Disconnection, Failure> {
+        let mut counts = Vec::new();
         if name.as_str() == status::NO_NAME {
-            return Ok(0);
+            return Ok(Disconnection { disconnected: Vec::new(), failed: Vec::new() });
         }
-        let (outcomes, mut failed) = self.ask(|| Disconnect::new(name), deadline)?;
-        let mut disconnected = 0;
-        for Outcome { socket, dialogue, result } in outcomes {
-            let count = dialogue.disconnected;
-            disconnected += count;
-            if count > 0 {
-                let (name, socket) = (name.as_str(), socket.display());
-                info!("{socket}: disconnected {count} client(s) named {name:?}");
+        let (_, failed) = self.ask(deadline, |agent, socket| {
+            let (name, socket, count) = (name.clone(), socket.to_owned(), Arc::default());
+            counts.push((file_name(&socket), Arc::clone(&count)));
+            let what = format!(
+                "{}: disconnecting client {:?}, asked by {asked_by}",
+                socket.display(),
+                name.as_str()
+            );
+            agent.change(deadline, what, move |deadline| {
+                there(management::disconnect(&socket, &name, deadline, &count))
+            })
+        })?;
+        let count = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+        let counts =
+            counts.into_iter().map(|(socket, disconnected)| (socket, count(&disconnected)));
+        let disconnected = counts.filter(|(_, count)| *count > 0).collect();
+        Ok(Disconnection { disconnected, failed })
+    }
+
+    /// All that failed, as one failure: a time-out if that is all there was.
+    pub(crate) fn failure(&self, failed: &[SocketFailure]) -> Failure {
+        let timed_out = failed.iter().all(|failure| failure.kind == FailureKind::Timeout);
+        let sentences: Vec<_> = failed
+            .iter()
+            .map(|SocketFailure { socket, error, .. }| {
+                format!("{} {error}", self.directory.join(socket).display())
+            })
+            .collect();
+        Failure::new(
+            if timed_out { FailureKind::Timeout } else { FailureKind::Failed },
+            format!("OpenVPN management socket {}", sentences.join("; ")),
+        )
+    }
+
+    /// Begins a job at each socket, then waits for all. What there is no process for is `None`.
+    fn ask<T>(
+        &self,
+        deadline: Instant,
+        mut begin: impl FnMut(&Arc<SocketAgent>, &Path) -> Result<Answer<Option<T>>, Failure>,
+    ) -> Result<(Vec<Option<T>>, Vec<SocketFailure>), Failure> {
+        let budget = deadline.saturating_duration_since(Instant::now());
+        let mut sockets = self.sockets()?;
+        let excess = sockets.split_off(sockets.len().min(MAX_SOCKETS));
+        let jobs: Vec<_> = self
+            .agents(&sockets)
+            .iter()
+            .zip(&sockets)
+            .map(|(agent, socket)| begin(agent, socket))
+            .collect();
+        let (mut answers, mut failed) = (Vec::new(), Vec::new());
+        for (socket, job) in sockets.iter().zip(jobs) {
+            match job.and_then(|job| job.wait(deadline)) {
+                Ok(answer) => answers.push(answer),
+                Err(failure) => failed.push(socket_failure(socket, failure, budget)),
             }
-            if let Err(error) = result {
-                failed.push(failure(&socket, error));
-            }
         }
-        if failed.is_empty() {
-            return Ok(disconnected);
-        }
-        let (name, failures) = (name.as_str(), failed.len());
-        warn!("disconnected {disconnected} client(s) named {name:?}; {failures} socket(s) failed");
-        Err(self.sockets_failed(failed, disconnected))
+        failed.extend(excess.iter().map(|socket| SocketFailure {
+            socket: file_name(socket),
+            kind: FailureKind::Failed,
+            error: format!("was not asked: the directory has more than {MAX_SOCKETS} sockets"),
+        }));
+        Ok((answers, failed))
+    }
+
+    /// The agents of these sockets. Those of sockets that have gone are let go of, unless they have
+    /// a thread: there are never two at a socket.
+    fn agents(&self, sockets: &[PathBuf]) -> Vec<Arc<SocketAgent>> {
+        let mut agents = lock(&self.agents);
+        agents.retain(|socket, agent| {
+            Arc::strong_count(agent) > 1 || sockets.binary_search(socket).is_ok()
+        });
+        let new = |socket: &Path| Agent::new(socket.display().to_string());
+        let agent =
+            |socket: &PathBuf| agents.entry(socket.clone()).or_insert_with(|| new(socket)).clone();
+        sockets.iter().map(agent).collect()
     }
 
     /// The management sockets that are there now, sorted; a symbolic link counts if it leads to
@@ -165,54 +221,25 @@ impl OpenVpn {
     ///
     /// # Errors
     /// The directory is there but cannot be read.
-    pub fn sockets(&self) -> Result<Vec<PathBuf>, Error> {
-        self.read_directory().or_else(|error| match error.kind() {
-            ErrorKind::NotFound => Ok(Vec::new()),
-            _ => Err(Error::Directory { directory: self.directory.clone(), error }),
+    pub(crate) fn sockets(&self) -> Result<Vec<PathBuf>, Failure> {
+        self.read_directory().or_else(|error| {
+            let why = match error.kind() {
+                ErrorKind::NotFound => return Ok(Vec::new()),
+                ErrorKind::PermissionDenied => "permission denied; run the daemon in the \
+                     directory's group, and give that group the right to read and enter it (mode \
+                     0750)"
+                    .to_owned(),
+                _ => error.to_string(),
+            };
+            let directory = self.directory.display();
+            let sentence = format!("OpenVPN directory {directory} cannot be read: {why}");
+            Err(Failure::new(FailureKind::Failed, sentence))
         })
-    }
-
-    /// Connects to one socket, waits for its greeting and says no more. Returns the version of
-    /// its management interface, as the process words it.
-    ///
-    /// # Errors
-    /// Why there was no greeting by `deadline`. [`SocketError::NoAnswer`] says what was waited
-    /// for.
-    pub fn probe(&self, socket: &Path, deadline: Instant) -> Result<String, SocketError> {
-        let sockets = [socket.to_owned()];
-        let outcomes = fanout::ask(&self.turns, &sockets, Probe::default, deadline, &self.helpers)
-            .map_err(|error| SocketError::System("could not be waited for", error))?;
-        let mut version = String::new();
-        for outcome in outcomes {
-            outcome.result?;
-            version = outcome.dialogue.version;
-        }
-        Ok(version)
-    }
-
-    /// Asks all sockets. Leaves out those that nobody listens on: no process, no clients.
-    fn ask<D: Dialogue + Send>(
-        &self,
-        new: impl Fn() -> D + Sync,
-        deadline: Instant,
-    ) -> Result<(Vec<Outcome<D>>, Vec<Failure>), Error> {
-        let mut sockets = self.sockets()?;
-        let excess = sockets.split_off(sockets.len().min(MAX_SOCKETS));
-        let failed = excess
-            .iter()
-            .map(|socket| failure(socket, SocketError::TooMany(MAX_SOCKETS)))
-            .collect();
-        let mut outcomes = fanout::ask(&self.turns, &sockets, new, deadline, &self.helpers)
-            .map_err(|error| Error::Wait { directory: self.directory.clone(), error })?;
-        outcomes.retain(|outcome| outcome.result != Err(SocketError::NotThere));
-        Ok((outcomes, failed))
     }
 
     fn read_directory(&self) -> io::Result<Vec<PathBuf>> {
         let device = fs::metadata(&self.directory)?.dev();
-        let mut seen = HashSet::new();
-        let mut sockets = Vec::new();
-        let mut links = Vec::new();
+        let mut found = Vec::new();
         for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
             let kind = match entry.file_type() {
@@ -222,42 +249,60 @@ impl OpenVpn {
                 Err(error) => return Err(error),
             };
             if kind.is_socket() {
-                if seen.insert((device, entry.ino())) {
-                    sockets.push(entry.path());
-                }
-            } else if kind.is_symlink() {
-                links.push(entry.path());
-            }
-        }
-        links.sort_unstable();
-        for link in links {
-            // A link that leads nowhere is no socket.
-            if let Ok(target) = fs::metadata(&link)
+                found.push((false, entry.path(), (device, entry.ino())));
+            } else if kind.is_symlink()
+                // A link that leads nowhere is no socket.
+                && let Ok(target) = fs::metadata(entry.path())
                 && target.file_type().is_socket()
-                && seen.insert((target.dev(), target.ino()))
             {
-                sockets.push(link);
+                found.push((true, entry.path(), (target.dev(), target.ino())));
             }
         }
+        // Links come last: a socket has its own name.
+        found.sort_unstable();
+        let mut seen = HashSet::new();
+        found.retain(|(_, _, inode)| seen.insert(*inode));
+        let mut sockets: Vec<_> = found.into_iter().map(|(_, path, _)| path).collect();
         sockets.sort_unstable();
         Ok(sockets)
     }
+}
 
-    fn sockets_failed(&self, failed: Vec<Failure>, disconnected: usize) -> Error {
-        Error::Sockets { directory: self.directory.clone(), failed, disconnected }
+/// `None` where nobody listens: a stale file, or it went away just now.
+fn there<T>(result: io::Result<T>) -> Result<Option<T>, Failure> {
+    match result {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => Ok(None),
+            ErrorKind::TimedOut => Err(Failure::new(FailureKind::Timeout, error.to_string())),
+            _ => Err(Failure::new(FailureKind::Failed, error.to_string())),
+        },
     }
 }
 
-fn failure(socket: &Path, error: SocketError) -> Failure {
-    if let SocketError::NoAnswer { stage, .. } = &error {
-        debug!("{}: {error}: {stage}", socket.display());
-    }
-    Failure { socket: socket.file_name().unwrap_or_default().to_string_lossy().into_owned(), error }
+fn socket_failure(socket: &Path, failure: Failure, budget: Duration) -> SocketFailure {
+    let (kind, path) = (failure.kind, socket.display().to_string());
+    let error = match kind {
+        FailureKind::Timeout => {
+            debug!("{path} did not answer: {}", failure.sentence);
+            format!("did not answer within {:.1} s", budget.as_secs_f64())
+        }
+        _ => failure
+            .sentence
+            .strip_prefix(&format!("{path} "))
+            .map(str::to_owned)
+            .unwrap_or(failure.sentence),
+    };
+    SocketFailure { socket: file_name(socket), kind, error }
+}
+
+fn file_name(socket: &Path) -> String {
+    socket.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 impl CommonName {
     /// The name itself.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -275,48 +320,6 @@ impl FromStr for CommonName {
             Err("contains a control character")
         } else {
             Ok(Self(text.to_owned()))
-        }
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Directory { directory, error } => {
-                let directory = directory.display();
-                write!(f, "OpenVPN directory {directory} cannot be read: ")?;
-                match error.kind() {
-                    ErrorKind::PermissionDenied => f.write_str(
-                        "permission denied; run the daemon in the directory's group, and give \
-                         that group the right to read and enter it (mode 0750)",
-                    ),
-                    _ => error.fmt(f),
-                }
-            }
-            Self::Wait { directory, error } => {
-                let (directory, error) = (directory.display(), error.desc());
-                write!(f, "OpenVPN sockets in {directory} cannot be waited for: {error}")
-            }
-            Self::Sockets { directory, failed, .. } => {
-                f.write_str("OpenVPN management socket ")?;
-                for (index, Failure { socket, error }) in failed.iter().enumerate() {
-                    let separator = if index == 0 { "" } else { "; " };
-                    write!(f, "{separator}{} {error}", directory.join(socket).display())?;
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-impl std::error::Error for Error {}
-
-impl Error {
-    /// Whether all that failed did not answer in time (as opposed to refused or failed).
-    pub fn is_timeout(&self) -> bool {
-        match self {
-            Self::Directory { .. } | Self::Wait { .. } => false,
-            Self::Sockets { failed, .. } => failed.iter().all(|failure| failure.error.is_timeout()),
         }
     }
 }

@@ -1,17 +1,11 @@
 //! Scripted OpenVPN management sockets: like OpenVPN they serve one connection, let two wait,
 //! drop output when they are sent input too early, and take quoted parameters; or they misbehave.
 
-#![allow(
-    dead_code,
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
+#![allow(dead_code, unreachable_pub)] // each test target uses its part
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, Read, Result, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -86,8 +80,9 @@ pub enum Mood {
     CloseAtOnce,
     CloseAfterGreeting,
     CloseInReply,
+    /// Answers this many commands and closes.
+    Close(usize),
     GarbageGreeting,
-    Garbage,
     /// One endless line in place of the greeting.
     FloodLine,
     /// Endless news in place of the greeting.
@@ -101,8 +96,6 @@ pub enum Mood {
     Reply(&'static str),
     /// Leaves out the last line.
     NoEnd,
-    /// Takes the command and says nothing.
-    Mute,
 }
 
 /// One process. Dropping it ends it, and fails the test if it was sent what OpenVPN would not take.
@@ -132,10 +125,7 @@ impl FakeOpenVpn {
         bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
         listen(&listener, Backlog::new(1).unwrap()).unwrap();
         let shared = Arc::new(Shared { clients: Mutex::new(clients), ..Shared::default() });
-        let crowd = match mood {
-            Mood::Full => crowd(&path),
-            _ => Vec::new(),
-        };
+        let crowd = if mood == Mood::Full { crowd(&path) } else { Vec::new() };
         let thread = (!matches!(mood, Mood::Full | Mood::Deaf)).then(|| {
             let listener = UnixListener::from(listener.try_clone().unwrap());
             let shared = Arc::clone(&shared);
@@ -149,7 +139,8 @@ impl FakeOpenVpn {
                         let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
                         poll(&mut ready, PollTimeout::NONE).unwrap();
                     }
-                    serve(&shared, mood, stream);
+                    // It fails when the daemon hangs up.
+                    let _ = shared.serve(mood, &stream);
                     *shared.current.lock().unwrap() = None;
                 }
             })
@@ -181,9 +172,7 @@ impl Drop for FakeOpenVpn {
         }
         let _ = fs::remove_file(&self.path);
         let faults = self.shared.faults.lock().unwrap();
-        if !thread::panicking() {
-            assert!(faults.is_empty(), "OpenVPN would not take {faults:?}");
-        }
+        assert!(thread::panicking() || faults.is_empty(), "OpenVPN would not take {faults:?}");
     }
 }
 
@@ -204,148 +193,105 @@ const GREETING: &str =
     ">INFO:OpenVPN Management Interface Version 5 -- type 'help' for more info\r\n";
 const NEWS: &str = ">LOG:1700000000,I,END\r\n>BYTECOUNT_CLI:3,1,2\r\n";
 
-fn serve(shared: &Shared, mood: Mood, mut stream: UnixStream) {
-    let flood = |stream: &mut UnixStream, what: &str| {
-        let block = what.repeat(1 + 4096 / what.len());
-        while stream.write_all(block.as_bytes()).is_ok() {}
-    };
-    match mood {
-        Mood::Silent => return wait_for_end(&mut stream),
-        Mood::CloseAtOnce => return,
-        Mood::GarbageGreeting => {
-            let _ = stream.write_all(b"HTTP/1.0 400 Bad Request\r\n\r\n");
-            return wait_for_end(&mut stream);
-        }
-        Mood::FloodLine => return flood(&mut stream, "x"),
-        Mood::FloodNews => return flood(&mut stream, ">LOG:1700000000,I,hello\r\n"),
-        Mood::Password => {
-            let _ = stream.write_all(b"ENTER PASSWORD:");
-            return wait_for_end(&mut stream);
-        }
-        Mood::Chatty => drop(stream.write_all(NEWS.as_bytes())),
-        _ => {}
-    }
-    if stream.write_all(GREETING.as_bytes()).is_err() || mood == Mood::CloseAfterGreeting {
-        return;
-    }
-    if mood == Mood::Chatty {
-        let _ = stream.write_all(NEWS.as_bytes());
-    }
-    let mut input: Vec<u8> = Vec::new();
-    let mut buffer = [0; 256];
-    while let Ok(length @ 1..) = stream.read(&mut buffer) {
-        input.extend_from_slice(&buffer[..length]);
-        while let Some(end) = input.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = input.drain(..=end).collect();
-            let line = String::from_utf8_lossy(&line[..end]).into_owned();
-            shared.commands.lock().unwrap().push(line.clone());
-            let reply = shared.run(&line);
-            match mood {
-                Mood::Slow(ms) => thread::sleep(Duration::from_millis(ms)),
-                Mood::FloodRows => {
-                    let routes = b"HEADER\tROUTING";
-                    let rows = reply.windows(routes.len()).position(|w| w == routes).unwrap();
-                    let _ = stream.write_all(&reply[..rows]);
-                    return flood(
-                        &mut stream,
-                        "CLIENT_LIST\tx\tr\t10.0.0.1\t\t0\t0\t\t0\t\t1\t1\t\r\n",
-                    );
-                }
-                Mood::CloseInReply => {
-                    let _ = stream.write_all(&reply[..reply.len() / 2]);
-                    return;
-                }
-                Mood::NoEnd => {
-                    let _ = stream.write_all(reply.strip_suffix(b"END\r\n").unwrap());
-                    return wait_for_end(&mut stream);
-                }
-                Mood::Mute => return wait_for_end(&mut stream),
-                Mood::Garbage => {
-                    let _ = stream.write_all(b"\x00\xff\xfe nonsense \x1b[2J\r\nmore\r\n");
-                    return wait_for_end(&mut stream);
-                }
-                Mood::Reply(text) => {
-                    let _ = stream.write_all(text.as_bytes());
-                    return wait_for_end(&mut stream);
-                }
-                Mood::Drip => {
-                    for byte in &reply {
-                        if stream.write_all(&[*byte]).is_err() {
-                            return;
-                        }
-                        thread::sleep(Duration::from_millis(30));
-                    }
-                }
-                _ => {}
-            }
-            let reply = match mood {
-                Mood::Chatty => reply
-                    .split_inclusive(|&byte| byte == b'\n')
-                    .flat_map(|line| [line, NEWS.as_bytes()].concat())
-                    .collect(),
-                _ => reply,
-            };
-            if !send(&mut stream, &reply) {
-                let fault = format!("input before the reply to {line:?} was read");
-                shared.faults.lock().unwrap().push(fault);
-            }
-        }
-    }
+/// Sends this and then nothing, until the other end hangs up.
+fn hold(mut stream: &UnixStream, text: &[u8]) -> Result<()> {
+    stream.write_all(text)?;
+    stream.read_to_end(&mut Vec::new()).map(drop)
 }
 
-/// Sends in blocks as OpenVPN does; `false` if input came before all was sent.
-fn send(stream: &mut UnixStream, reply: &[u8]) -> bool {
-    for block in reply.chunks(1024) {
-        let mut ready = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-        poll(&mut ready, PollTimeout::ZERO).unwrap();
-        let events = ready[0].revents().unwrap();
-        if events.contains(PollFlags::POLLIN) && !events.contains(PollFlags::POLLHUP) {
-            return false;
-        }
-        match stream.write_all(block) {
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => return true,
-            result => result.unwrap(),
-        }
+fn flood(mut stream: &UnixStream, text: &str) -> Result<()> {
+    let block = text.repeat(1 + 4096 / text.len());
+    loop {
+        stream.write_all(block.as_bytes())?;
     }
-    true
-}
-
-fn wait_for_end(stream: &mut UnixStream) {
-    let mut buffer = [0; 256];
-    while let Ok(1..) = stream.read(&mut buffer) {}
 }
 
 impl Shared {
+    fn serve(&self, mood: Mood, mut stream: &UnixStream) -> Result<()> {
+        match mood {
+            Mood::Silent => return hold(stream, b""),
+            Mood::CloseAtOnce => return Ok(()),
+            Mood::GarbageGreeting => return hold(stream, b"HTTP/1.0 400 Bad Request\r\n\r\n"),
+            Mood::FloodLine => return flood(stream, "x"),
+            Mood::FloodNews => return flood(stream, NEWS),
+            Mood::Password => return hold(stream, b"ENTER PASSWORD:"),
+            Mood::Chatty => stream.write_all([NEWS, GREETING, NEWS].concat().as_bytes())?,
+            _ => stream.write_all(GREETING.as_bytes())?,
+        }
+        if mood == Mood::CloseAfterGreeting {
+            return Ok(());
+        }
+        for (number, line) in BufReader::new(stream).split(b'\n').enumerate() {
+            if mood == Mood::Close(number) {
+                return Ok(());
+            }
+            let line = String::from_utf8_lossy(&line?).into_owned();
+            self.commands.lock().unwrap().push(line.clone());
+            let mut reply = self.run(&line);
+            match mood {
+                Mood::Slow(ms) => thread::sleep(Duration::from_millis(ms)),
+                Mood::FloodRows => {
+                    let header = reply.windows(13).position(|text| text == b"HEADER\tROUTIN");
+                    stream.write_all(&reply[..header.unwrap()])?;
+                    return flood(stream, "CLIENT_LIST\tx\tr\t10.0.0.1\t\t0\t0\t\t0\t\t1\t1\t\r\n");
+                }
+                Mood::CloseInReply => return stream.write_all(&reply[..reply.len() / 2]),
+                Mood::NoEnd => return hold(stream, reply.strip_suffix(b"END\r\n").unwrap()),
+                Mood::Reply(text) => return hold(stream, text.as_bytes()),
+                Mood::Drip => {
+                    for byte in &reply {
+                        stream.write_all(&[*byte])?;
+                        thread::sleep(Duration::from_millis(30));
+                    }
+                }
+                Mood::Chatty => {
+                    let lines = reply.split_inclusive(|&byte| byte == b'\n');
+                    reply = lines.flat_map(|line| [line, NEWS.as_bytes()].concat()).collect();
+                }
+                _ => {}
+            }
+            // In blocks, as OpenVPN does; it drops what it has not sent when input comes.
+            for block in reply.chunks(1024) {
+                let mut ready = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+                poll(&mut ready, PollTimeout::ZERO)?;
+                if ready[0].revents().unwrap() == PollFlags::POLLIN {
+                    let fault = format!("input before the reply to {line:?} was read");
+                    self.faults.lock().unwrap().push(fault);
+                    break;
+                }
+                stream.write_all(block)?;
+            }
+        }
+        Ok(())
+    }
+
     fn run(&self, line: &str) -> Vec<u8> {
         let mut clients = self.clients.lock().unwrap();
         let before = clients.len();
-        match parameters(line).as_deref() {
-            Some([command, version]) if command == "status" && version == "3" => status(&clients),
-            Some([command, name]) if command == "kill" => {
-                if name.contains(':') || name.len() > 127 {
-                    self.faults.lock().unwrap().push(line.to_owned());
-                    return format!("ERROR: error parsing IP address: {name}\r\n").into_bytes();
-                }
+        let words = parameters(line).unwrap_or_default();
+        let words: Vec<_> = words.iter().map(String::as_str).collect();
+        let reply = match words[..] {
+            ["status", "3"] => return status(&clients),
+            ["kill", name] if !name.contains(':') && name.len() < 128 => {
                 clients.retain(|client| client.name != name.as_bytes());
                 match before - clients.len() {
-                    0 => format!("ERROR: common name '{name}' not found\r\n").into_bytes(),
-                    n => format!("SUCCESS: common name '{name}' found, {n} client(s) killed\r\n")
-                        .into_bytes(),
+                    0 => format!("ERROR: common name '{name}' not found"),
+                    n => format!("SUCCESS: common name '{name}' found, {n} client(s) killed"),
                 }
             }
-            Some([command, id]) if command == "client-kill" => {
-                let id: u64 = id.parse().unwrap();
-                clients.retain(|client| client.id != id);
+            ["client-kill", id] => {
+                clients.retain(|client| client.id.to_string() != id);
                 match before - clients.len() {
-                    0 => "ERROR: client-kill command failed\r\n".into(),
-                    _ => "SUCCESS: client-kill command succeeded\r\n".into(),
+                    0 => "ERROR: client-kill command failed".to_owned(),
+                    _ => "SUCCESS: client-kill command succeeded".to_owned(),
                 }
             }
             _ => {
                 self.faults.lock().unwrap().push(line.to_owned());
-                "ERROR: unknown command, enter 'help' for more options\r\n".into()
+                "ERROR: unknown command, enter 'help' for more options".to_owned()
             }
-        }
+        };
+        format!("{reply}\r\n").into_bytes()
     }
 }
 
@@ -360,10 +306,7 @@ fn parameters(line: &str) -> Option<Vec<String>> {
             '"' => loop {
                 match chars.next()? {
                     '"' => break,
-                    '\\' => match chars.next()? {
-                        c @ ('"' | '\\' | ' ') => word.push(c),
-                        _ => return None,
-                    },
+                    '\\' => word.push(chars.next().filter(|c| matches!(c, '"' | '\\' | ' '))?),
                     c => word.push(c),
                 }
             },
@@ -387,30 +330,27 @@ fn parameters(line: &str) -> Option<Vec<String>> {
 
 /// The report of OpenVPN 2.6.
 fn status(clients: &[FakeClient]) -> Vec<u8> {
-    let mut report = "TITLE\tOpenVPN 2.6.14 x86_64-pc-linux-gnu\r\n\
+    let mut report = b"TITLE\tOpenVPN 2.6.14 x86_64-pc-linux-gnu\r\n\
         TIME\t2025-01-01 00:00:00\t1735689600\r\n\
         HEADER\tCLIENT_LIST\tCommon Name\tReal Address\tVirtual Address\tVirtual IPv6 Address\t\
         Bytes Received\tBytes Sent\tConnected Since\tConnected Since (time_t)\tUsername\t\
         Client ID\tPeer ID\tData Channel Cipher\r\n"
-        .as_bytes()
         .to_vec();
     for FakeClient { name, ipv4, ipv6, id } in clients {
-        report.extend_from_slice(b"CLIENT_LIST\t");
-        report.extend_from_slice(name);
         let rest = format!(
             "\t192.0.2.1:1194\t{ipv4}\t{ipv6}\t1\t2\t2025-01-01 00:00:00\t1735689600\tUNDEF\t\
              {id}\t{id}\tAES-256-GCM\r\n"
         );
-        report.extend_from_slice(rest.as_bytes());
+        report.extend([b"CLIENT_LIST\t", &name[..], rest.as_bytes()].concat());
     }
     report.extend_from_slice(
         b"HEADER\tROUTING_TABLE\tVirtual Address\tCommon Name\tReal Address\tLast Ref\t\
           Last Ref (time_t)\r\n",
     );
     for FakeClient { name, ipv4, .. } in clients {
-        report.extend_from_slice(format!("ROUTING_TABLE\t{ipv4}\t").as_bytes());
-        report.extend_from_slice(name);
-        report.extend_from_slice(b"\t192.0.2.1:1194\t2025-01-01 00:00:00\t1735689600\r\n");
+        let route = format!("ROUTING_TABLE\t{ipv4}\t");
+        let rest = b"\t192.0.2.1:1194\t2025-01-01 00:00:00\t1735689600\r\n";
+        report.extend([route.as_bytes(), name, rest].concat());
     }
     report.extend_from_slice(b"GLOBAL_STATS\tMax bcast/mcast queue length\t0\r\nEND\r\n");
     report
