@@ -17,7 +17,7 @@ pub mod server;
 pub mod systemd;
 #[allow(dead_code)]
 mod threads;
-pub mod tls;
+mod tls;
 mod unix;
 pub mod uploads;
 pub mod wireguard;

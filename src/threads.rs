@@ -82,10 +82,11 @@ mod tests {
     #[test]
     fn a_thread_for_each_job_and_the_same_one_for_the_next() {
         let (sender, receiver) = mpsc::channel();
-        let threads: Arc<Threads<Arc<Barrier>>> = Threads::new("x", move |together: Arc<Barrier>| {
-            together.wait();
-            sender.send(thread::current().id()).unwrap();
-        });
+        let threads: Arc<Threads<Arc<Barrier>>> =
+            Threads::new("x", move |together: Arc<Barrier>| {
+                together.wait();
+                sender.send(thread::current().id()).unwrap();
+            });
         let together = Arc::new(Barrier::new(4));
         for _ in 0..4 {
             assert!(threads.run(Arc::clone(&together)).is_ok());

@@ -5,7 +5,6 @@ mod address;
 mod node;
 mod openvpn;
 mod settings;
-mod shown;
 mod tls;
 mod wireguard;
 

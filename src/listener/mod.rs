@@ -26,7 +26,8 @@ use relay::{Client, Stream};
 use table::{Place, Table};
 
 use crate::cli::ListenAddress;
-use crate::tls::{ClientName, Refusal, Throttle, Tls};
+use crate::logging;
+use crate::tls::{self, Tls};
 
 /// For a TLS handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
@@ -94,7 +95,6 @@ struct Shared {
     table: Arc<Table>,
     inner: Inner,
     tls: Option<Arc<Tls>>,
-    refusals: Mutex<Throttle>,
     shortages: Mutex<Option<Instant>>,
 }
 
@@ -104,16 +104,16 @@ impl FrontDoor {
     ///
     /// # Errors
     /// When the process has no descriptors or threads left.
-    pub fn open(
+    pub(crate) fn open(
         listener: TcpListener,
         limit: usize,
         inner: Inner,
         tls: Option<Arc<Tls>>,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let (table, refusals) = (Table::new(limit), Mutex::default());
+        let table = Table::new(limit);
         let shortages = Mutex::default();
-        let shared = Arc::new(Shared { table, inner, tls, refusals, shortages });
+        let shared = Arc::new(Shared { table, inner, tls, shortages });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let watched = Arc::clone(&shared);
         spawn("deadlines", move || {
@@ -233,7 +233,8 @@ fn serve_tls(
         }
     }
     let certificate = conn.peer_certificates().and_then(|chain| chain.first());
-    let name = certificate.and_then(ClientName::of).map(|name| name.to_string());
+    let name = certificate.and_then(tls::certificate::common_name);
+    let name = name.map(|name| name.escape_default().to_string());
     serve(tunnel, address, name, place, shared);
 }
 
@@ -251,15 +252,8 @@ impl Shared {
     }
 
     fn log_refusal(&self, address: &str, error: &io::Error) {
-        let refusal = Refusal::from(error);
-        let mut throttle = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        match throttle.admit(refusal.reason, Instant::now()) {
-            None => {}
-            Some(0) => warn!("refused handshake of {address}: {refusal}"),
-            Some(more) => {
-                warn!("refused handshake of {address}: {refusal}; {more} more for that reason");
-            }
-        }
+        let (kind, sentence) = tls::refusal(error);
+        logging::warn_seldom(&kind, format_args!("refused handshake of {address}: {sentence}"));
     }
 }
 

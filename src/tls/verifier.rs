@@ -1,190 +1,42 @@
-//! Decides whether a client's certificate lets it in.
+//! Which clients are let in, and why the others are not.
 //!
-//! rustls' own verifier is not used, for three reasons: it accepts clients of a CA whose
-//! certificate has expired; it looks at one revocation list per issuer name, so that the list of
-//! a CA that was renewed with a new key and the same name refuses the other key's clients; and it
-//! checks the signature of the whole list at every handshake. Chains, signatures, usage and name
-//! constraints are webpki's work in both.
+//! A client is let in when its chain leads to a certificate in `ca.crt`, every certificate of the
+//! chain is valid now (the CA's too), names client authentication as a usage or no usage at all
+//! (RFC 5280, section 4.2.1.12), keeps to its CA's name constraints, and is in no list in `ca.crl`.
+//! All of that is rustls's work. What is added here: a bound on what a client may make it compute,
+//! and the CA's own dates, which it leaves to who trusts it.
+//!
+//! Nobody looks at keyUsage: like browsers, webpki takes the extended usage for what a certificate
+//! is for. One that lacks digitalSignature gives nobody more than its CA meant to give.
 
-use std::time::{Duration, SystemTime};
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{self, WebPkiSupportedAlgorithms};
-use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, InvalidMessage, OtherError,
+    PeerIncompatible, SignatureScheme,
 };
-use std::sync::Arc;
-use webpki::{CertRevocationList, EndEntityCert, KeyUsage, OwnedCertRevocationList, VerifiedPath};
+use webpki::EndEntityCert;
 
-use super::der::{self, Validity};
-use super::error::Problem;
+use super::certificate::Validity;
 
-/// A certificate in `ca.crt`.
-#[derive(Debug)]
-pub(super) struct Authority {
-    pub(super) name: Option<String>,
-    pub(super) validity: Validity,
-    anchor: TrustAnchor<'static>,
-    certificate: CertificateDer<'static>,
-}
+/// More certificates than any client needs.
+const MAX_CERTIFICATES: usize = 8;
+/// Longest chain that is looked at, in bytes.
+const MAX_CHAIN: usize = 32 * 1024;
+/// Longest sentence for the log, in characters: some of what it quotes comes from the client.
+const MAX_SENTENCE: usize = 300;
 
-/// A list in `ca.crl` and the public key that has signed it.
-#[derive(Debug)]
-pub(super) struct RevocationList {
-    pub(super) next_update: SystemTime,
-    list: CertRevocationList<'static>,
-    signer: Vec<u8>,
-}
-
-/// Accepts clients with a certificate of one of the authorities that none of the lists revokes.
+/// Asks the verifier of each CA.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
-    anchors: Vec<TrustAnchor<'static>>,
-    validities: Vec<Validity>,
-    lists: Vec<RevocationList>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl Authority {
-    /// Takes the `number`-th certificate of `ca.crt`.
-    pub(super) fn new(der: Vec<u8>, number: usize) -> Result<Self, Problem> {
-        let certificate = CertificateDer::from(der);
-        let malformed = |error| Problem::Certificate { number, error };
-        let fields = der::Certificate::read(&certificate);
-        let fields = fields.ok_or(malformed(webpki::Error::BadDer))?;
-        let parsed = EndEntityCert::try_from(&certificate).map_err(malformed)?;
-        // webpki does not look at basicConstraints of what it is told to trust: anybody's
-        // certificate in this file would become a CA. Used as a client's, a CA's is refused.
-        let as_client = parsed.verify_for_usage(
-            &[],
-            &[],
-            &[],
-            unix_time(fields.validity.not_after),
-            KeyUsage::client_auth(),
-            None,
-            None,
-        );
-        if !matches!(as_client, Err(webpki::Error::CaUsedAsEndEntity)) {
-            return Err(Problem::NotCa { number });
-        }
-        Ok(Self {
-            name: fields.common_name(),
-            validity: fields.validity,
-            anchor: webpki::anchor_from_trusted_cert(&certificate).map_err(malformed)?.to_owned(),
-            certificate: certificate.clone(),
-        })
-    }
-
-    pub(super) fn anchor(&self) -> TrustAnchor<'static> {
-        self.anchor.clone()
-    }
-
-    fn has_signed(&self, list: &der::List, algorithms: &WebPkiSupportedAlgorithms) -> bool {
-        let Ok(certificate) = EndEntityCert::try_from(&self.certificate) else {
-            return false;
-        };
-        algorithms
-            .all
-            .iter()
-            .filter(|algorithm| algorithm.signature_alg_id().as_ref() == list.algorithm)
-            .any(|algorithm| {
-                certificate.verify_signature(*algorithm, list.signed, list.signature).is_ok()
-            })
-    }
-}
-
-impl RevocationList {
-    /// Takes the `number`-th list of `ca.crl`, which one of the authorities must have signed.
-    pub(super) fn new(
-        der: &[u8],
-        number: usize,
-        authorities: &[Authority],
-        algorithms: &WebPkiSupportedAlgorithms,
-    ) -> Result<Self, Problem> {
-        let malformed = |error| Problem::List { number, error };
-        let list =
-            CertRevocationList::from(OwnedCertRevocationList::from_der(der).map_err(malformed)?);
-        let fields = der::List::read(der).ok_or(malformed(webpki::Error::BadDer))?;
-        let signer = authorities
-            .iter()
-            .filter(|authority| authority.anchor.subject.as_ref() == list.issuer())
-            .find(|authority| authority.has_signed(&fields, algorithms))
-            .ok_or(Problem::ListSigner { number })?;
-        Ok(Self {
-            next_update: fields.next_update,
-            list,
-            signer: webpki::spki_for_anchor(&signer.anchor).to_vec(),
-        })
-    }
-
-    /// Whether this list, if it is the issuer's, names the certificate. A list stays in force
-    /// when its next update is overdue: who is revoked stays out, everybody else stays in.
-    fn revokes(&self, certificate: &webpki::Cert, issuer: &[u8]) -> bool {
-        self.signer == issuer
-            && self.list.issuer() == certificate.issuer()
-            && !matches!(self.list.find_serial(certificate.serial()), Ok(None))
-    }
-}
-
-impl ClientVerifier {
-    pub(super) fn new(
-        authorities: &[Authority],
-        lists: Vec<RevocationList>,
-        algorithms: WebPkiSupportedAlgorithms,
-    ) -> Self {
-        Self {
-            anchors: authorities.iter().map(Authority::anchor).collect(),
-            validities: authorities.iter().map(|authority| authority.validity).collect(),
-            lists,
-            algorithms,
-        }
-    }
-
-    pub(super) fn lists(&self) -> &[RevocationList] {
-        &self.lists
-    }
-
-    /// What webpki leaves open about a chain that it has verified.
-    fn check_path(&self, path: &VerifiedPath, time: UnixTime) -> Result<(), webpki::Error> {
-        // A renewed CA may stand in the file twice with one name and key.
-        let mut verdict = Err(webpki::Error::UnknownIssuer);
-        for (anchor, validity) in self.anchors.iter().zip(&self.validities) {
-            if verdict.is_err() && anchor == path.anchor() {
-                verdict = validity.check(time);
-            }
-        }
-        verdict?;
-        if self.lists.is_empty() {
-            return Ok(());
-        }
-        let mut issuers = path
-            .intermediate_certificates()
-            .map(|certificate| certificate.subject_public_key_info())
-            .chain([webpki::spki_for_anchor(path.anchor())]);
-        let mut chain = std::iter::once::<&webpki::Cert>(path.end_entity())
-            .chain(path.intermediate_certificates());
-        let revoked = chain.any(|certificate| {
-            let issuer = issuers.next();
-            let issuer = issuer.as_ref().map_or(&[][..], |issuer| issuer.as_ref());
-            self.lists.iter().any(|list| list.revokes(certificate, issuer))
-        });
-        if revoked { Err(webpki::Error::CertRevoked) } else { Ok(()) }
-    }
-}
-
-impl Validity {
-    fn check(&self, time: UnixTime) -> Result<(), webpki::Error> {
-        let (not_before, not_after) = (unix_time(self.not_before), unix_time(self.not_after));
-        if time < not_before {
-            return Err(webpki::Error::CertNotValidYet { time, not_before });
-        }
-        if time > not_after {
-            return Err(webpki::Error::CertExpired { time, not_after });
-        }
-        Ok(())
-    }
+    pub(super) authorities: Vec<(Validity, Arc<dyn ClientCertVerifier>)>,
+    pub(super) algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ClientCertVerifier for ClientVerifier {
@@ -199,21 +51,23 @@ impl ClientCertVerifier for ClientVerifier {
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        EndEntityCert::try_from(end_entity)
-            .and_then(|certificate| {
-                certificate.verify_for_usage(
-                    self.algorithms.all,
-                    &self.anchors,
-                    intermediates,
-                    now,
-                    KeyUsage::client_auth(),
-                    None,
-                    Some(&|path| self.check_path(path, now)),
-                )?;
-                Ok(ClientCertVerified::assertion())
-            })
-            .map_err(|error| certificate_error(error).into())
+    ) -> Result<ClientCertVerified, Error> {
+        check_effort(end_entity, intermediates)?;
+        let mut refusals = Vec::new();
+        for (validity, verifier) in &self.authorities {
+            match verifier.verify_client_cert(end_entity, intermediates, now) {
+                Ok(verified) if validity.holds(now) => return Ok(verified),
+                Ok(_) => refusals.push(refused("the client's CA has expired or is not valid yet")),
+                Err(error) => refusals.push(error),
+            }
+        }
+        // What its own CA says of a client tells most.
+        let refusal = refusals.into_iter().max_by_key(|error| match error {
+            Error::InvalidCertificate(CertificateError::UnknownIssuer) => 0,
+            Error::InvalidCertificate(error) if is_of_another_key(error) => 1,
+            _ => 2,
+        });
+        Err(refusal.unwrap_or(CertificateError::UnknownIssuer.into()))
     }
 
     fn verify_tls12_signature(
@@ -221,7 +75,7 @@ impl ClientCertVerifier for ClientVerifier {
         message: &[u8],
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+    ) -> Result<HandshakeSignatureValid, Error> {
         crypto::verify_tls12_signature(message, certificate, signature, &self.algorithms)
     }
 
@@ -230,8 +84,20 @@ impl ClientCertVerifier for ClientVerifier {
         message: &[u8],
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        crypto::verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let verdict =
+            crypto::verify_tls13_signature(message, certificate, signature, &self.algorithms);
+        verdict.map_err(|error| match error {
+            Error::InvalidCertificate(CertificateError::BadSignature) => {
+                // An RSA signature is as long as its key.
+                let short = signature.signature().len() < 256;
+                refused(match format!("{:?}", signature.scheme).starts_with("RSA") && short {
+                    true => "the key of the client's certificate is RSA of less than 2048 bits",
+                    false => "the client does not have the private key of its certificate",
+                })
+            }
+            error => error,
+        })
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -239,26 +105,72 @@ impl ClientCertVerifier for ClientVerifier {
     }
 }
 
-/// webpki's error as the one that makes rustls send the right alert.
-fn certificate_error(error: webpki::Error) -> CertificateError {
-    use webpki::Error as E;
-    match error {
-        E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
-        E::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
-        E::CertNotValidYet { time, not_before } => {
-            CertificateError::NotValidYetContext { time, not_before }
-        }
-        E::CertRevoked => CertificateError::Revoked,
-        E::UnknownIssuer => CertificateError::UnknownIssuer,
-        E::InvalidSignatureForPublicKey => CertificateError::BadSignature,
-        E::RequiredEkuNotFoundContext(_) | E::EmptyEkuExtension => CertificateError::InvalidPurpose,
-        other => CertificateError::Other(OtherError(Arc::new(other))),
+/// webpki tries every order of the certificates that a client sends, up to 200,000 of them, and a
+/// signature for each: seconds of work. With a name each there is but one order.
+fn check_effort(end_entity: &CertificateDer, others: &[CertificateDer]) -> Result<(), Error> {
+    let count = 1 + others.len();
+    let size = end_entity.len() + others.iter().map(|other| other.len()).sum::<usize>();
+    if count > MAX_CERTIFICATES || size > MAX_CHAIN {
+        return Err(refused(&format!(
+            "the client sent {count} certificates of {size} bytes, at most {MAX_CERTIFICATES} and \
+             {MAX_CHAIN} bytes are looked at"
+        )));
+    }
+    let mut names = BTreeSet::new();
+    let mut parsed = others.iter().filter_map(|other| EndEntityCert::try_from(other).ok());
+    match parsed.all(|other| names.insert(other.subject().to_vec())) {
+        true => Ok(()),
+        false => Err(refused("the client sent several issuers of one name: leave one in its file")),
     }
 }
 
-/// Times before 1970 do not occur: [`Validity`] has none.
-pub(super) fn unix_time(time: SystemTime) -> UnixTime {
-    UnixTime::since_unix_epoch(
-        time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO),
-    )
+/// A CA of the same name has issued it; its key may be of another kind.
+fn is_of_another_key(error: &CertificateError) -> bool {
+    use CertificateError::{BadSignature, UnsupportedSignatureAlgorithmForPublicKeyContext};
+    matches!(error, BadSignature | UnsupportedSignatureAlgorithmForPublicKeyContext { .. })
+}
+
+fn refused(sentence: &str) -> Error {
+    let sentence = Box::<dyn std::error::Error + Send + Sync>::from(sentence);
+    CertificateError::Other(OtherError(sentence.into())).into()
+}
+
+/// Why a handshake failed: a kind, one of a few dozen whatever clients send, and the sentence for
+/// the log, in rustls's words where they say what it is.
+pub(crate) fn refusal(error: &io::Error) -> (String, String) {
+    use CertificateError as C;
+    let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) else {
+        return match error.kind() {
+            io::ErrorKind::TimedOut => {
+                ("late".to_owned(), "the handshake took too long".to_owned())
+            }
+            kind => (word(&format!("{kind:?}")), error.to_string()),
+        };
+    };
+    let kind = match error {
+        Error::InvalidCertificate(C::Other(other)) => word(&other.to_string()),
+        Error::InvalidCertificate(error) => word(&format!("{error:?}")),
+        error => word(&format!("{error:?}")),
+    };
+    let sentence = match error {
+        Error::InvalidCertificate(error) if is_of_another_key(error) => {
+            "a CA in ca.crt has the name of the certificate's issuer, and has not signed it (or its \
+             key is RSA of less than 2048 bits)"
+                .to_owned()
+        }
+        Error::InvalidCertificate(C::Other(other)) => other.to_string(),
+        Error::PeerIncompatible(PeerIncompatible::SupportedVersionsExtensionRequired) => {
+            "the client does not speak TLS 1.3".to_owned()
+        }
+        Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+            "the client does not speak TLS".to_owned()
+        }
+        error => error.to_string(),
+    };
+    (kind, sentence.chars().take(MAX_SENTENCE).collect())
+}
+
+/// The beginning, in which an error says what it is, without what a client can choose.
+fn word(error: &str) -> String {
+    error.chars().take_while(|c| c.is_ascii_alphabetic() || *c == ' ').collect()
 }

@@ -26,6 +26,7 @@ pub enum Kind {
     P384,
     Rsa,
     P521,
+    Rsa1024,
 }
 
 /// What a certificate is.
@@ -144,6 +145,7 @@ impl Pki {
             Kind::P384 => &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
             Kind::P521 => &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-521"],
             Kind::Rsa => &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
+            Kind::Rsa1024 => &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"],
         };
         let file = format!("{name}.key");
         self.openssl(&[&["genpkey", "-out", &file], algorithm].concat());
@@ -246,7 +248,7 @@ impl Pki {
             command.args(["--cert", &format!("{client}.crt"), "--key", &format!("{client}.key")]);
         }
         let output = command
-            .arg(format!("https://{SERVER_NAME}:{port}/"))
+            .arg(format!("https://{SERVER_NAME}:{port}/i/node"))
             .output()
             .expect("the tests need the curl command: install the package curl");
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())

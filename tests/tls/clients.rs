@@ -1,105 +1,19 @@
-//! Which clients are let in, and why the others are not.
+//! Which clients are let in, and what the log says of the others.
 
 use std::fs;
-use std::time::SystemTime;
-
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
-use vpn_daemon::tls::{ClientName, Finding, Reason};
 
 use super::pki::{CA, CLIENT, Kind, Pki, Profile, SERVER};
-use super::{Server, bundle};
+use super::{Site, s_client};
 
-#[test]
-fn every_kind_of_key() {
-    let pki = Pki::usual();
-    for kind in [Kind::Ed25519, Kind::P256, Kind::P384, Kind::Rsa] {
-        // The CA's, the server's and the client's key are all of that kind.
-        let ca = format!("ca-{kind:?}");
-        let server = format!("server-{kind:?}");
-        let client = format!("client-{kind:?}");
-        pki.authority(&ca, None, Profile { kind, ..CA });
-        pki.issue(&server, &ca, Profile { kind, ..SERVER });
-        pki.issue(&client, &ca, Profile { kind, ..CLIENT });
-        let (ca, crt) = (format!("{ca}.crt"), format!("{server}.crt"));
-        let key = format!("{server}.key");
-        let mut encodings = vec![key.clone()];
-        // PKCS#1, SEC1, and SEC1 behind the parameters as `openssl ecparam -genkey` writes it.
-        match kind {
-            Kind::Rsa => {
-                pki.openssl(&["rsa", "-in", &key, "-traditional", "-out", "pkcs1.key"]);
-                assert!(pki.read("pkcs1.key").starts_with("-----BEGIN RSA PRIVATE KEY-----"));
-                encodings.push("pkcs1.key".to_string());
-            }
-            Kind::P256 | Kind::P384 => {
-                let (sec1, behind) = (format!("sec1-{kind:?}.key"), format!("behind-{kind:?}.key"));
-                pki.openssl(&["ec", "-in", &key, "-out", &sec1]);
-                assert!(pki.read(&sec1).starts_with("-----BEGIN EC PRIVATE KEY-----"));
-                let parameters = pki.openssl(&["ec", "-in", &key, "-param_out"]);
-                assert!(parameters.starts_with("-----BEGIN EC PARAMETERS-----"), "{parameters}");
-                fs::write(pki.path(&behind), parameters + &pki.read(&sec1)).unwrap();
-                encodings.extend([sec1, behind]);
-            }
-            _ => {}
-        }
-        for key in encodings {
-            pki.credentials(&[&ca], &[&crt], &key);
-            let server = Server::start(&pki);
-            let body = pki.curl_trusting(&ca, server.port, Some(&client), &[]);
-            assert_eq!(body, Some(format!("hello {client}\n")), "{key}");
-            assert_eq!(server.outcome().unwrap(), Some(client.clone()));
-            // The client of another CA, whose key is Ed25519.
-            assert_eq!(pki.curl_trusting(&ca, server.port, Some("portal"), &[]), None);
-            assert_eq!(server.outcome().unwrap_err().reason, Reason::UnknownIssuer);
-        }
-    }
-}
+const LATER: &str = "20990101000000Z";
+const PAST: &str = "20210101000000Z";
+const UNKNOWN: &str = "invalid peer certificate: UnknownIssuer";
+const REVOKED: &str = "invalid peer certificate: Revoked";
 
-#[test]
-fn clients_are_refused_for_a_reason() {
-    let pki = Pki::usual();
-    pki.authority("other", None, CA);
-    pki.issue("stranger", "other", CLIENT);
-    // The same name as our CA, with another key.
-    pki.authority("namesake", None, Profile { subject: "/CN=ca", ..CA });
-    pki.issue("impostor", "namesake", CLIENT);
-    pki.issue("expired", "ca", Profile { not_after: "20210101000000Z", ..CLIENT });
-    pki.issue("early", "ca", Profile { not_before: "20980101000000Z", ..CLIENT });
-    let self_signed = "basicConstraints=critical,CA:FALSE\nextendedKeyUsage=clientAuth\n";
-    pki.authority("alone", None, Profile { extensions: self_signed, ..CA });
-    // Issued by a client, who must not issue anything.
-    pki.authority("client", Some("ca"), CLIENT);
-    pki.issue("below", "client", CLIENT);
-    bundle(&pki, "below", "client");
-    // Made without an extension file: version 1.
-    pki.key("bare", Kind::Ed25519);
-    sign_simply(&pki, "bare", "ca", "1", None);
-    // No usage named means any usage (RFC 5280, section 4.2.1.12).
-    let extensions = "basicConstraints=critical,CA:FALSE\n";
-    pki.issue("any", "ca", Profile { extensions, ..CLIENT });
-    let server = Server::start(&pki);
-
-    server.accepts(&pki, "portal");
-    server.accepts(&pki, "any");
-    let refusal = server.refuses(&pki, Some("bare"), Reason::BadCertificate);
-    assert_eq!(refusal.detail, "it is not X.509 version 3 (it has no extensions)");
-    server.refuses(&pki, None, Reason::NoCertificate);
-    server.refuses(&pki, Some("stranger"), Reason::UnknownIssuer);
-    server.refuses(&pki, Some("impostor"), Reason::UnknownIssuer);
-    server.refuses(&pki, Some("alone"), Reason::UnknownIssuer);
-    let refusal = server.refuses(&pki, Some("expired"), Reason::Expired);
-    assert_eq!(
-        refusal.to_string(),
-        "the client's certificate or its CA's has expired (on 2021-01-01T00:00:00Z)"
-    );
-    let refusal = server.refuses(&pki, Some("early"), Reason::NotYetValid);
-    assert!(refusal.to_string().ends_with("(before 2098-01-01T00:00:00Z)"), "{refusal}");
-    server.refuses(&pki, Some("server"), Reason::Usage);
-    let refusal = server.refuses(&pki, Some("ca"), Reason::BadCertificate);
-    assert_eq!(refusal.detail, "it is a CA's (basicConstraints CA:TRUE)");
-    let refusal = server.refuses(&pki, Some("below"), Reason::BadCertificate);
-    assert_eq!(refusal.detail, "its issuer is not a CA (basicConstraints)");
-    server.accepts(&pki, "portal");
+/// Puts the issuer's certificate behind the client's own.
+fn bundle(pki: &Pki, client: &str, issuer: &str) {
+    let file = format!("{client}.crt");
+    fs::write(pki.path(&file), pki.read(&file) + &pki.read(&format!("{issuer}.crt"))).unwrap();
 }
 
 /// Makes a certificate with `openssl x509 -req`, with a serial number of our choice.
@@ -116,6 +30,100 @@ fn sign_simply(pki: &Pki, name: &str, issuer: &str, serial: &str, extensions: Op
 }
 
 #[test]
+fn every_kind_of_key() {
+    let site = Site::start(Pki::usual());
+    let pki = &site.pki;
+    for kind in [Kind::Ed25519, Kind::P256, Kind::P384, Kind::Rsa] {
+        // The CA's, the server's and the client's key are all of that kind.
+        let name = |who: &str| format!("{who}-{kind:?}");
+        let (ca, server, client) = (name("ca"), name("server"), name("client"));
+        pki.authority(&ca, None, Profile { kind, ..CA });
+        pki.issue(&server, &ca, Profile { kind, ..SERVER });
+        pki.issue(&client, &ca, Profile { kind, ..CLIENT });
+        let (ca, crt, key) = (ca + ".crt", format!("{server}.crt"), server + ".key");
+        let mut encodings = vec![key.clone()];
+        // PKCS#1, SEC1, and SEC1 behind the parameters as `openssl ecparam -genkey` writes it.
+        match kind {
+            Kind::Rsa => {
+                pki.openssl(&["rsa", "-in", &key, "-traditional", "-out", "pkcs1.key"]);
+                assert!(pki.read("pkcs1.key").starts_with("-----BEGIN RSA PRIVATE KEY-----"));
+                encodings.push("pkcs1.key".to_owned());
+            }
+            Kind::P256 | Kind::P384 => {
+                let (sec1, behind) = (name("sec1"), name("behind"));
+                pki.openssl(&["ec", "-in", &key, "-out", &sec1]);
+                assert!(pki.read(&sec1).starts_with("-----BEGIN EC PRIVATE KEY-----"));
+                let parameters = pki.openssl(&["ec", "-in", &key, "-param_out"]);
+                assert!(parameters.starts_with("-----BEGIN EC PARAMETERS-----"), "{parameters}");
+                fs::write(pki.path(&behind), parameters + &pki.read(&sec1)).unwrap();
+                encodings.extend([sec1, behind]);
+            }
+            _ => {}
+        }
+        for key in encodings {
+            pki.credentials(&[&ca], &[&crt], &key);
+            let line = site.reload();
+            assert!(line.contains("as they are now"), "{line}");
+            let served = |who: &str| pki.curl(site.port(), Some(who), &["--cacert", &ca]).is_some();
+            assert!(served(&client) && !served("portal"), "{key}");
+        }
+    }
+}
+
+#[test]
+fn clients_are_refused_for_a_reason() {
+    let pki = Pki::usual();
+    pki.authority("other", None, CA);
+    pki.issue("stranger", "other", CLIENT);
+    // The same name as our CA, with another key.
+    pki.authority("namesake", None, Profile { subject: "/CN=ca", ..CA });
+    pki.issue("impostor", "namesake", CLIENT);
+    pki.issue("expired", "ca", Profile { not_after: PAST, ..CLIENT });
+    pki.issue("early", "ca", Profile { not_before: "20980101000000Z", ..CLIENT });
+    pki.issue("weak", "ca", Profile { kind: Kind::Rsa1024, ..CLIENT });
+    let self_signed = "basicConstraints=critical,CA:FALSE\nextendedKeyUsage=clientAuth\n";
+    pki.authority("alone", None, Profile { extensions: self_signed, ..CA });
+    // Issued by a client, who must not issue anything.
+    pki.authority("client", Some("ca"), CLIENT);
+    pki.issue("below", "client", CLIENT);
+    bundle(&pki, "below", "client");
+    pki.authority("lapsed", Some("ca"), Profile { not_after: PAST, ..CA });
+    pki.issue("orphan", "lapsed", CLIENT);
+    bundle(&pki, "orphan", "lapsed");
+    // Made without an extension file: version 1.
+    pki.key("bare", Kind::Ed25519);
+    sign_simply(&pki, "bare", "ca", "1", None);
+    // No usage named means any usage (RFC 5280, section 4.2.1.12).
+    let extensions = "basicConstraints=critical,CA:FALSE\n";
+    pki.issue("any", "ca", Profile { extensions, ..CLIENT });
+    pki.revoke("ca", &[], LATER);
+    let site = Site::start(pki);
+
+    site.accepts("portal");
+    site.accepts("any");
+    let expired = "certificate expired: ";
+    for (client, sentence) in [
+        (None, "peer sent no certificates"),
+        (Some("stranger"), UNKNOWN),
+        (Some("alone"), UNKNOWN),
+        (Some("impostor"), "a CA in ca.crt has the name of the certificate's issuer"),
+        (Some("expired"), expired),
+        (Some("orphan"), expired),
+        (Some("early"), "certificate not valid yet: "),
+        (Some("server"), "does not allow extended key usage for client authentication"),
+        (Some("bare"), "UnsupportedCertVersion"),
+        (Some("ca"), "CaUsedAsEndEntity"),
+        (Some("below"), "EndEntityUsedAsCa"),
+    ] {
+        site.refuses(client, sentence);
+    }
+    // `curl` would not use it.
+    let weak = ["-cert", "weak.crt", "-key", "weak.key", "-cipher", "DEFAULT@SECLEVEL=0"];
+    site.logs("is RSA of less than 2048 bits", || drop(s_client(&site, &weak)));
+    site.accepts("portal");
+}
+
+#[test]
 fn intermediates_and_several_authorities() {
     let pki = Pki::usual();
     pki.authority("below", Some("ca"), CA);
@@ -126,50 +134,48 @@ fn intermediates_and_several_authorities() {
 
     // Clients that trust only the root need the intermediate from the server, and it from them.
     pki.credentials(&["ca.crt"], &["node.crt"], "node.key");
-    let server = Server::start(&pki);
-    server.refuses(&pki, Some("portal"), Reason::ServerRefused);
+    let site = Site::start(pki);
+    let pki = &site.pki;
+    site.refuses(Some("portal"), "received fatal alert: UnknownCA");
     pki.credentials(&["ca.crt"], &["node.crt", "below.crt"], "node.key");
-    server.tls.reload().unwrap();
-    server.accepts(&pki, "portal");
-    server.refuses(&pki, Some("client"), Reason::UnknownIssuer);
-    server.refuses(&pki, Some("partner"), Reason::UnknownIssuer);
+    site.reload();
+    site.accepts("portal");
+    site.refuses(Some("client"), UNKNOWN);
+    site.refuses(Some("partner"), UNKNOWN);
 
     // An intermediate among the CAs serves its clients alone.
     pki.credentials(&["below.crt"], &["node.crt", "below.crt"], "node.key");
-    server.tls.reload().unwrap();
-    server.accepts(&pki, "client");
-    server.refuses(&pki, Some("portal"), Reason::UnknownIssuer);
+    site.reload();
+    site.accepts("client");
+    site.refuses(Some("portal"), UNKNOWN);
 
     pki.credentials(&["ca.crt", "second.crt"], &["node.crt", "below.crt"], "node.key");
-    server.tls.reload().unwrap();
-    bundle(&pki, "client", "below");
+    site.reload();
+    bundle(pki, "client", "below");
     for client in ["portal", "client", "partner"] {
-        server.accepts(&pki, client);
+        site.accepts(client);
     }
 }
 
 #[test]
 fn a_ca_that_has_expired_serves_nobody() {
     let pki = Pki::usual();
-    pki.authority("old", None, Profile { not_after: "20210101000000Z", ..CA });
+    pki.authority("old", None, Profile { not_after: PAST, ..CA });
     pki.issue("client", "old", CLIENT);
     pki.credentials(&["ca.crt", "old.crt"], &["server.crt"], "server.key");
-    let server = Server::start(&pki);
-    server.accepts(&pki, "portal");
-    server.refuses(&pki, Some("client"), Reason::Expired);
-    let findings = server.tls.credentials().findings(SystemTime::now());
-    assert_eq!(
-        findings.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        [
-            "ca.crt: certificate 2 has expired on 2021-01-01T00:00:00Z: renew it and reload the daemon"
-        ]
+    let site = Site::start(pki);
+    site.accepts("portal");
+    site.refuses(Some("client"), "the client's CA has expired");
+    site.daemon.wait_for_log(
+        "ca.crt: certificate 2 has expired on 2021-01-01T00:00:00Z: renew it and reload the daemon",
     );
     // Renewed with the same name and key: its clients need nothing new.
+    let pki = &site.pki;
     fs::copy(pki.path("old.crt"), pki.path("expired.crt")).unwrap();
     pki.sign("old", "old", CA);
     pki.credentials(&["ca.crt", "expired.crt", "old.crt"], &["server.crt"], "server.key");
-    server.tls.reload().unwrap();
-    server.accepts(&pki, "client");
+    site.reload();
+    site.accepts("client");
 }
 
 #[test]
@@ -187,23 +193,15 @@ fn a_name_constraint_leaves_clients_alone() {
         pki.issue("elsewhere", "tight", Profile { extensions: &elsewhere, ..CLIENT });
         fs::copy(pki.path("tight.crt"), pki.path("ca.crt")).unwrap();
         pki.credentials(&["tight.crt"], &["node.crt"], "node.key");
-        let server = Server::start(&pki);
-        server.accepts(&pki, "client");
-        server.refuses(&pki, Some("elsewhere"), Reason::NameConstraint);
-        assert_eq!(server.tls.credentials().findings(SystemTime::now()), []);
-
-        let extensions = SERVER.extensions.replace("example.org", "example.com");
-        pki.issue("outside", "tight", Profile { extensions: &extensions, ..SERVER });
-        pki.credentials(&["tight.crt"], &["outside.crt"], "outside.key");
-        server.tls.reload().unwrap();
-        let findings = server.tls.credentials().findings(SystemTime::now());
-        assert_eq!(findings, [Finding::NameConstraint]);
+        let site = Site::start(pki);
+        site.accepts("client");
+        site.refuses(Some("elsewhere"), "NameConstraintViolation");
+        assert!(!site.daemon.log().iter().any(|line| line.contains("server.crt")));
     }
 }
 
 #[test]
 fn revoked_clients_stay_out() {
-    const LATER: &str = "20990101000000Z";
     let pki = Pki::usual();
     pki.issue("lost", "ca", CLIENT);
     pki.authority("second", None, CA);
@@ -222,73 +220,47 @@ fn revoked_clients_stay_out() {
     bundle(&pki, "deep", "below");
     let everybody = ["portal", "lost", "partner", "modern", "deep"];
     pki.credentials(&["ca.crt", "second.crt", "new.crt"], &["server.crt"], "server.key");
-    let server = Server::start(&pki);
-    for client in everybody {
-        server.accepts(&pki, client);
-    }
+    let site = Site::start(pki);
+    let pki = &site.pki;
     let lists = |names: &[&str]| {
         let lists = names.iter().map(|name| pki.read(&format!("{name}.crl"))).collect::<String>();
         fs::write(pki.credential("ca.crl"), lists).unwrap();
-        server.tls.reload().unwrap();
+        let line = site.reload();
+        assert!(line.contains("as they are now"), "{line}");
+    };
+    let lets_in = |expected: &[&str]| {
+        for client in everybody {
+            let served = pki.curl(site.port(), Some(client), &[]).is_some();
+            assert_eq!(served, expected.contains(&client), "{client}");
+        }
     };
 
+    lets_in(&everybody);
     // One list, of one CA of three.
     pki.revoke("ca", &["lost"], LATER);
     lists(&["ca"]);
-    for client in everybody {
-        match client {
-            "lost" => drop(server.refuses(&pki, Some(client), Reason::Revoked)),
-            _ => server.accepts(&pki, client),
-        }
-    }
+    lets_in(&["portal", "partner", "modern", "deep"]);
+    site.refuses(Some("lost"), REVOKED);
     // A list each; an intermediate is revoked.
     pki.revoke("ca", &["below"], LATER);
     pki.revoke("second", &["partner"], LATER);
     pki.revoke("new", &[], LATER);
     lists(&["new", "ca", "second"]);
-    for client in everybody {
-        match client {
-            "portal" | "modern" => server.accepts(&pki, client),
-            _ => drop(server.refuses(&pki, Some(client), Reason::Revoked)),
-        }
-    }
-    assert_eq!(server.tls.credentials().findings(SystemTime::now()), []);
+    lets_in(&["portal", "modern"]);
+    // An intermediate that is trusted by itself: its list counts on the way over its CA, too.
+    pki.credentials(&["ca.crt", "below.crt"], &["server.crt"], "server.key");
+    pki.revoke("below", &["deep"], LATER);
+    lists(&["below"]);
+    lets_in(&["portal", "lost"]);
     // A list that is overdue still counts, and nobody else is kept out.
-    pki.revoke("ca", &[], "20210101000000Z");
+    pki.credentials(&["ca.crt"], &["server.crt"], "server.key");
+    pki.revoke("ca", &[], PAST);
     lists(&["ca"]);
-    server.refuses(&pki, Some("lost"), Reason::Revoked);
-    server.accepts(&pki, "portal");
-    let findings = server.tls.credentials().findings(SystemTime::now());
-    assert!(matches!(findings[..], [Finding::ListOverdue { number: 1, .. }]), "{findings:?}");
+    lets_in(&["portal"]);
+    site.daemon.wait_for_log("a newer version of list 1 was due on 2021-01-01T00:00:00Z");
     // No file, no revocation.
     fs::remove_file(pki.credential("ca.crl")).unwrap();
-    server.tls.reload().unwrap();
-    server.accepts(&pki, "lost");
-}
-
-#[test]
-fn names_of_clients() {
-    let pki = Pki::usual();
-    let server = Server::start(&pki);
-    for (subject, expected) in [
-        ("/CN=portal", Some("portal")),
-        ("/CN=vpn portal 2, \"x\"", Some("vpn portal 2, \"x\"")),
-        ("/CN=p\u{f6}rtal", Some("p\\u{f6}rtal")),
-        ("/CN=a\r\nb", Some("a\\u{d}\\u{a}b")),
-        ("/CN=outer/CN=inner", Some("inner")),
-        ("/", None),
-    ] {
-        pki.issue("named", "ca", Profile { subject, ..CLIENT });
-        let body = pki.curl(server.port, Some("named"), &[]);
-        assert!(body.is_some(), "{subject:?}");
-        assert_eq!(server.outcome().unwrap().as_deref(), expected, "{subject:?}");
-    }
-    // Whatever the bytes are, reading the name ends.
-    let der = CertificateDer::from_pem_file(pki.path("portal.crt")).unwrap().to_vec();
-    for (index, bit) in (0..der.len()).flat_map(|index| (0..8).map(move |bit| (index, bit))) {
-        let mut changed = der.clone();
-        changed[index] ^= 1 << bit;
-        let _ = ClientName::of(&CertificateDer::from(changed));
-        let _ = ClientName::of(&CertificateDer::from(&der[..index]));
-    }
+    site.reload();
+    site.daemon.wait_for_log("ca.crl is not there any more: clients that it revoked");
+    site.accepts("lost");
 }

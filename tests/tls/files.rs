@@ -2,116 +2,126 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, SystemTime};
 
-use vpn_daemon::tls::{self, Finding, Whose};
-
+use super::Site;
 use super::pki::{CA, Kind, Pki, Profile, SERVER};
 
-/// What [`tls::load`] says about the credentials directory, without the directory's path.
+const LATER: &str = "20990101000000Z";
+
+/// What a daemon says that does not start, without the directory's path.
 fn sentence(pki: &Pki) -> String {
     let directory = pki.credentials_directory();
-    let sentence = tls::load(&directory).unwrap_err().to_string();
-    let errors = tls::errors(&directory).iter().map(ToString::to_string).collect::<Vec<_>>();
-    assert!(errors.contains(&sentence), "{sentence}: {errors:?}");
-    assert!(!sentence.contains('\n'), "{sentence}");
-    sentence.replace(&format!("{}/", directory.display()), "")
+    // One that starts where it should not is ended.
+    let output = Command::new("timeout")
+        .args(["-s", "KILL", "20", env!("CARGO_BIN_EXE_vpn-daemon"), "-listen", "127.0.0.1:0"])
+        .env("CREDENTIALS_DIRECTORY", &directory)
+        .env_remove("RUNTIME_DIRECTORY")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.lines().count() == 1, "{said}");
+    assert!(!said.contains("MC4CAQ"), "the key in an error: {said}");
+    said.trim_end().replace(&format!("{}/", directory.display()), "").replace("vpn-daemon: ", "")
 }
 
 #[test]
 fn files_that_cannot_be_used() {
     let pki = Pki::usual();
-    assert!(tls::errors(&pki.credentials_directory()).is_empty());
     let truncated = |file: &str| pki.read(file)[..70].to_string();
-    // A certificate's header and end around something else, and one byte of it changed.
+    // A certificate's header and end around something else.
     let wrapped =
         |label: &str| format!("-----BEGIN {label}-----\nMAMCAQU=\n-----END {label}-----\n");
     let (ca, server, key) = (pki.read("ca.crt"), pki.read("server.crt"), pki.read("server.key"));
-    pki.openssl(&["x509", "-in", "ca.crt", "-outform", "DER", "-out", "ca.der"]);
     pki.openssl(&["pkey", "-in", "server.key", "-aes128", "-passout", "pass:x", "-out", "enc.key"]);
     pki.key("rsa", Kind::Rsa);
-    pki.openssl(&[
-        "rsa",
-        "-in",
-        "rsa.key",
-        "-traditional",
-        "-aes128",
-        "-passout",
-        "pass:x",
-        "-out",
-        "old.key",
-    ]);
+    let old = ["-in", "rsa.key", "-traditional", "-aes128", "-passout", "pass:x"];
+    pki.openssl(&[&["rsa", "-out", "old.key"], &old[..]].concat());
     pki.issue("p521", "ca", Profile { kind: Kind::P521, ..SERVER });
-    pki.revoke("ca", &[], "20990101000000Z");
+    pki.revoke("ca", &[], LATER);
+    let list = pki.read("ca.crl");
+    let partial = "issuingDistributionPoint=critical,@idp\n[idp]\nfullname=URI:http://ca/1\n";
+    fs::write(pki.path("ca.cnf"), pki.read("ca.cnf") + partial).unwrap();
+    pki.revoke("ca", &[], LATER);
+    let partial = pki.read("ca.crl");
+    // The name of our CA, and another one's key.
     let stranger = Pki::usual();
-    stranger.revoke("ca", &[], "20990101000000Z");
+    stranger.revoke("ca", &[], LATER);
+    let foreign = stranger.read("ca.crl");
+    let one_line = key.replace('\n', "");
 
     #[rustfmt::skip]
     let cases = [
-        ("ca.crt", String::new(), "ca.crt holds no certificate"),
-        ("server.crt", String::new(), "server.crt holds no certificate"),
-        ("server.key", String::new(), "server.key holds no private key"),
-        ("ca.crl", String::new(), "ca.crl holds no revocation list"),
-        ("ca.crt", "garbage\n".into(), "ca.crt holds no certificate"),
-        ("ca.crt", truncated("ca.crt"), "ca.crt is malformed: line 1: "),
-        ("server.crt", truncated("server.crt"), "server.crt is malformed: line 1: "),
-        ("server.key", truncated("server.key"), "server.key is malformed: line 1: "),
-        ("ca.crl", truncated("ca.crl"), "ca.crl is malformed: line 1: "),
-        ("ca.crt", wrapped("CERTIFICATE"), "ca.crt is malformed: certificate 1 "),
-        ("server.crt", wrapped("CERTIFICATE"), "server.crt is malformed: certificate 1 "),
-        ("server.crt", server.clone() + &wrapped("CERTIFICATE"), "server.crt is malformed: certificate 2 "),
+        ("ca.crt", String::new(), "ca.crt holds no certificate in PEM"),
+        ("server.crt", String::new(), "server.crt holds no certificate in PEM"),
+        ("server.key", String::new(), "server.key holds no private key in PEM"),
+        ("ca.crl", String::new(), "ca.crl holds no revocation list in PEM"),
+        ("ca.crt", "garbage\n".into(), "ca.crt holds no certificate in PEM"),
+        ("ca.crt", truncated("ca.crt"), "ca.crt is malformed: "),
+        ("server.crt", truncated("server.crt"), "server.crt is malformed: "),
+        ("server.key", truncated("server.key"), "server.key is malformed: "),
+        ("server.key", one_line, "server.key is malformed: "),
+        ("ca.crl", truncated("ca.crl"), "ca.crl is malformed: "),
+        ("ca.crt", wrapped("CERTIFICATE"), "ca.crt cannot be used: certificate 1: "),
+        ("server.crt", wrapped("CERTIFICATE"), "server.crt cannot be used: certificate 1: "),
+        ("server.crt", server.clone() + &wrapped("CERTIFICATE"), "server.crt cannot be used: certificate 2: "),
         ("server.key", wrapped("PRIVATE KEY"), "server.key cannot be used: it must be"),
         ("server.key", wrapped("EC PRIVATE KEY"), "server.key cannot be used: it must be"),
         ("server.key", wrapped("RSA PRIVATE KEY"), "server.key cannot be used: it must be"),
-        ("ca.crl", wrapped("X509 CRL"), "ca.crl is malformed: revocation list 1 "),
+        ("ca.crl", wrapped("X509 CRL"), "ca.crl cannot be used: revocation list 1: "),
         // Beside what is good.
-        ("ca.crt", ca.clone() + &wrapped("CERTIFICATE"), "ca.crt is malformed: certificate 2 "),
-        ("ca.crt", ca.clone() + &truncated("ca.crt"), "ca.crt is malformed: line "),
-        ("ca.crt", ca.clone() + &ca[1..], "ca.crt is malformed: line "),
-        ("ca.crt", ca.clone() + &key, "ca.crt holds a block that does not belong"),
-        ("ca.crt", ca.clone() + &server, "ca.crt must hold CA certificates only: certificate 2 "),
-        ("ca.crt", pki.read("portal.crt"), "ca.crt must hold CA certificates only: certificate 1 "),
-        ("server.crt", server.clone() + &key, "server.crt holds a block that does not belong"),
+        ("ca.crt", ca.clone() + &wrapped("CERTIFICATE"), "ca.crt cannot be used: certificate 2: "),
+        ("ca.crt", ca.clone() + &truncated("ca.crt"), "ca.crt is malformed: "),
+        ("ca.crt", ca.clone() + &ca[1..], "ca.crt is malformed: "),
+        ("ca.crt", ca.clone() + &ca.replace("BEGIN", "begin"), "ca.crt is malformed: "),
+        ("ca.crt", ca.clone() + &ca.replace("END CERT", "END X"), "ca.crt is malformed: "),
+        ("ca.crt", ca.clone() + &wrapped("TRUSTED CERTIFICATE"), "ca.crt is malformed: "),
+        ("ca.crt", ca.replace('M', "-"), "ca.crt is malformed: "),
+        ("ca.crt", ca.clone() + &key, "ca.crt holds something other than a certificate"),
+        ("ca.crt", ca.clone() + &server, "ca.crt cannot be used: certificate 2: it is not a CA's"),
+        ("ca.crt", pki.read("portal.crt"), "ca.crt cannot be used: certificate 1: it is not a CA's"),
+        ("server.crt", server.clone() + &key, "server.crt holds something other than a certificate"),
         ("server.key", key.clone() + &key, "server.key holds several private keys"),
-        ("server.key", server.clone(), "server.key holds a block that does not belong"),
-        ("ca.crl", pki.read("ca.crl") + &stranger.read("ca.crl"), "ca.crl does not fit: revocation list 2 "),
+        ("server.key", server.clone(), "server.key holds something other than a private key"),
+        ("ca.crl", list.clone() + &foreign, "ca.crl cannot be used: revocation list 2: no CA in ca.crt"),
+        ("ca.crl", list.clone() + &list, "ca.crl cannot be used: revocation list 2: it is the second"),
+        ("ca.crl", partial, "ca.crl cannot be used: revocation list 1: it speaks for some"),
         // What does not fit together.
         ("server.key", pki.read("portal.key"), "server.key does not belong to the first certificate"),
         ("server.crt", ca.clone() + &server, "server.key does not belong to the first certificate"),
         ("server.key", pki.read("enc.key"), "server.key is encrypted: "),
         ("server.key", pki.read("old.key"), "server.key is encrypted: "),
         ("server.key", pki.read("p521.key"), "server.key cannot be used: it must be"),
+        ("ca.crt", " ".repeat(17 << 20), "ca.crt is larger than 16 MiB"),
     ];
     for (file, content, expected) in cases {
         let good = fs::read(pki.credential(file)).ok();
         fs::write(pki.credential(file), &content).unwrap();
         let said = sentence(&pki);
         assert!(said.starts_with(expected), "{file}: {said}, not {expected}");
-        assert!(!said.contains("MC4CAQ"), "the key in an error: {said}");
         match good {
             Some(good) => fs::write(pki.credential(file), good).unwrap(),
             None => fs::remove_file(pki.credential(file)).unwrap(),
         }
     }
-    fs::copy(pki.path("ca.der"), pki.credential("ca.crt")).unwrap();
-    assert!(sentence(&pki).starts_with("ca.crt is DER, not PEM: "));
 
     // Comments, as `openssl x509 -text` writes them, and carriage returns are no harm.
     let text = pki.openssl(&["x509", "-in", "ca.crt", "-text"]);
     fs::write(pki.credential("ca.crt"), format!("# ---- our CA ----\r\n{text}")).unwrap();
     fs::write(pki.credential("server.crt"), server.replace('\n', "\r\n")).unwrap();
-    tls::load(&pki.credentials_directory()).unwrap();
+    Site::start(pki).accepts("portal");
 }
 
 #[test]
 fn files_that_cannot_be_read() {
     let pki = Pki::usual();
-    for file in ["ca.crt", "server.crt", "server.key"] {
-        let (path, good) = (pki.credential(file), fs::read(pki.credential(file)).unwrap());
-        fs::remove_file(&path).unwrap();
-        assert_eq!(sentence(&pki), format!("{file} does not exist: put it there"));
+    for file in ["ca.crt", "server.crt", "server.key", "ca.crl"] {
+        let path = pki.credential(file);
+        let good = fs::read(&path).ok();
+        if good.is_some() {
+            fs::remove_file(&path).unwrap();
+            assert_eq!(sentence(&pki), format!("{file} does not exist: put it there"));
+        }
         fs::create_dir(&path).unwrap();
         assert!(sentence(&pki).starts_with(&format!("{file} is not a regular file")));
         fs::remove_dir(&path).unwrap();
@@ -122,77 +132,60 @@ fn files_that_cannot_be_read() {
         std::os::unix::fs::symlink(&path, &path).unwrap();
         assert!(sentence(&pki).starts_with(&format!("{file} cannot be read: ")));
         fs::remove_file(&path).unwrap();
-        fs::write(&path, good).unwrap();
+        if let Some(good) = good {
+            fs::write(&path, good).unwrap();
+        }
     }
-    for file in ["ca.crt", "server.crt", "server.key"] {
-        fs::remove_file(pki.credential(file)).unwrap();
-    }
+    fs::remove_dir_all(pki.credentials_directory()).unwrap();
     assert_eq!(sentence(&pki), "ca.crt does not exist: put it there");
-    assert_eq!(tls::errors(&pki.credentials_directory()).len(), 3);
-    assert!(tls::load(Path::new("")).is_err());
 }
 
 #[test]
 fn findings() {
     let pki = Pki::usual();
-    let end = SystemTime::UNIX_EPOCH + Duration::from_secs(4_102_444_799);
-    let day = Duration::from_secs(24 * 3600);
-    let findings = |now| tls::load(&pki.credentials_directory()).unwrap().findings(now);
-    let said = |now| findings(now).iter().map(ToString::to_string).collect::<Vec<_>>();
-    let credentials = tls::load(&pki.credentials_directory()).unwrap();
-    assert_eq!(credentials.expires(), end);
-    assert_eq!(findings(SystemTime::now()), []);
-    assert_eq!(findings(end - 31 * day), []);
-    assert!(matches!(
-        findings(end - 10 * day)[..],
-        [
-            Finding::Expires { whose: Whose::Authority { number: 1 }, days: 10, .. },
-            Finding::Expires { whose: Whose::Server, days: 10, .. }
-        ]
-    ));
-    assert!(matches!(
-        findings(end + day)[..],
-        [Finding::Expired { .. }, Finding::Expired { whose: Whose::Server, .. }]
-    ));
-    assert_eq!(findings(SystemTime::UNIX_EPOCH).len(), 2);
-
-    // The server's certificate may come from anywhere; its end is known all the same.
+    // The server's certificate may come from anywhere.
     pki.authority("public", None, CA);
-    let profile = Profile { not_after: "20990101000000Z", ..SERVER };
-    pki.issue("node", "public", profile);
-    pki.credentials(&["ca.crt"], &["node.crt"], "node.key");
-    assert_eq!(findings(SystemTime::now()), [Finding::OtherIssuer]);
-    let credentials = tls::load(&pki.credentials_directory()).unwrap();
-    assert_eq!(credentials.expires(), SystemTime::UNIX_EPOCH + Duration::from_secs(4_070_908_800));
-
-    pki.credentials(&["ca.crt"], &["portal.crt"], "portal.key");
-    assert_eq!(findings(SystemTime::now()), [Finding::Usage, Finding::NoName]);
-
-    // Self-signed.
-    pki.openssl(&[
-        "req",
-        "-x509",
-        "-newkey",
-        "ed25519",
-        "-nodes",
-        "-subj",
-        "/CN=self",
-        "-days",
-        "10",
-        "-addext",
-        "basicConstraints=critical,CA:TRUE",
-        "-keyout",
-        "self.key",
-        "-out",
-        "self.crt",
-    ]);
-    pki.credentials(&["ca.crt"], &["self.crt"], "self.key");
-    let list = said(SystemTime::now());
-    assert!(list[0].starts_with("server.crt expires in 9 days, on "), "{list:?}");
-    assert!(list[1].starts_with("server.crt does not hold a good chain: it is a CA's "));
-
-    pki.credentials(&["ca.crt"], &["server.crt"], "server.key");
-    let permissions = fs::Permissions::from_mode(0o644);
-    fs::set_permissions(pki.credential("server.key"), permissions).unwrap();
-    assert_eq!(findings(SystemTime::now()), [Finding::KeyOpen { mode: 0o644 }]);
+    pki.issue("foreign", "public", SERVER);
+    pki.issue("past", "ca", Profile { not_after: "20210101000000Z", ..SERVER });
+    pki.issue("early", "ca", Profile { not_before: "20980101000000Z", ..SERVER });
+    pki.issue("soon", "ca", SERVER);
+    let days = ["-days", "10", "-CA", "ca.crt", "-CAkey", "ca.key", "-extensions", "ext"];
+    let files = ["-in", "soon.csr", "-out", "soon.crt", "-extfile", "soon.ext"];
+    pki.openssl(&[&["x509", "-req"], &days[..], &files].concat());
+    let constraint = "nameConstraints=critical,permitted;DNS:.vpn.example.com\n";
+    let extensions = format!("{}{constraint}", CA.extensions);
+    pki.authority("tight", None, Profile { extensions: &extensions, ..CA });
+    pki.issue("outside", "tight", SERVER);
+    pki.authority("self", None, CA);
+    let said = |authority: &str, server: &str| {
+        pki.credentials(
+            &[&format!("{authority}.crt")],
+            &[&format!("{server}.crt")],
+            &format!("{server}.key"),
+        );
+        if server == "server" {
+            let open = fs::Permissions::from_mode(0o644);
+            fs::set_permissions(pki.credential("server.key"), open).unwrap();
+        }
+        let daemon = super::common::Daemon::start_with(&[], |command| {
+            command.env("CREDENTIALS_DIRECTORY", pki.credentials_directory());
+        });
+        daemon.wait_for_log("listening on");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        daemon.log().into_iter().filter(|line| line.contains("server.")).collect::<Vec<_>>()
+    };
+    for (authority, server, level, expected) in [
+        ("ca", "foreign", "INFO", "server.crt is not issued by a CA in ca.crt"),
+        ("ca", "past", "ERROR", "server.crt has expired on 2021-01-01T00:00:00Z: renew it"),
+        ("ca", "early", "ERROR", "server.crt is not valid before 2098-01-01T00:00:00Z: check"),
+        ("ca", "soon", "WARN", "server.crt expires in 9 days, on "),
+        ("ca", "portal", "ERROR", "server.crt is not for server authentication: issue it again"),
+        ("tight", "outside", "ERROR", "server.crt has a name outside of its CA's name constraint"),
+        ("ca", "self", "WARN", "server.crt does not hold a good chain: "),
+        ("ca", "server", "WARN", "server.key may be read by everybody (mode 0644): chmod o= it"),
+    ] {
+        let lines = said(authority, server);
+        let found = lines.iter().any(|line| line.contains(level) && line.contains(expected));
+        assert!(found, "{expected}: {lines:?}");
+    }
 }
