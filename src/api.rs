@@ -1,83 +1,76 @@
-//! The wire: what the portal reads, under the portal's names; errors become a status and a
-//! sentence.
+//! The wire: JSON under the portal's names, and why a call failed.
 
-mod stream;
-mod sync_body;
+use std::fmt::{self, Display};
+use std::marker::PhantomData;
+use std::str::FromStr;
 
-use std::fmt::Display;
-use std::net::{Ipv4Addr, Ipv6Addr};
-
-use serde::{Serialize, Serializer};
-
-pub use stream::Stream;
-pub use sync_body::read_wanted;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::agent::{Failure, FailureKind};
-use crate::node::Load;
+use crate::wireguard::{AllowedIp, PublicKey};
 use crate::{openvpn, rfc3339, wireguard};
 
 /// `GET /i/node`.
 #[derive(Serialize)]
-pub struct Node {
-    /// CPUs that the process may run on.
-    pub cpu_count: u64,
-    /// Over 1, 5 and 15 minutes; empty where unknown.
-    pub load_average: Vec<f64>,
-    /// Whether the operator has taken the node out of service.
-    pub maintenance_mode: bool,
-    /// Seconds since boot.
-    pub node_uptime: u64,
-    /// Connected OpenVPN clients; left out when not asked for or not known.
+pub(crate) struct Node {
+    pub(crate) cpu_count: u64,
+    pub(crate) load_average: Vec<f64>,
+    pub(crate) maintenance_mode: bool,
+    pub(crate) node_uptime: u64,
+    /// Left out when not asked for or not known.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub o_client_count: Option<usize>,
-    /// Percent of the CPUs, rounded down; empty where unknown.
-    pub rel_load_average: Vec<u64>,
-    /// Version of the daemon.
-    pub v: &'static str,
-    /// WireGuard peers that are online; left out when not asked for or not known.
+    pub(crate) o_client_count: Option<usize>,
+    pub(crate) rel_load_average: Vec<u64>,
+    pub(crate) v: &'static str,
+    /// Left out when not asked for or not known.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub w_peer_count: Option<usize>,
+    pub(crate) w_peer_count: Option<usize>,
 }
 
-impl Node {
-    /// The node as it is now, without counts.
-    pub fn new(cpu_count: u64, load: Option<[Load; 3]>) -> Self {
-        let load = load.as_ref().map_or(&[][..], |load| load);
-        Self {
-            cpu_count,
-            load_average: load.iter().map(|load| load.value()).collect(),
-            maintenance_mode: crate::node::maintenance_mode(),
-            node_uptime: crate::node::uptime(),
-            o_client_count: None,
-            rel_load_average: load.iter().map(|load| load.relative(cpu_count)).collect(),
-            v: env!("CARGO_PKG_VERSION"),
-            w_peer_count: None,
-        }
-    }
-}
-
-/// A WireGuard peer, in lists and as the answer to its removal.
+/// `GET /w/peer_list`.
 #[derive(Serialize)]
-pub struct Peer<'a> {
+pub(crate) struct PeerList<'a> {
+    #[serde(serialize_with = "peers")]
+    pub(crate) peer_list: &'a [&'a wireguard::Peer<'a>],
+}
+
+/// A peer in a list, and the answer to its removal.
+#[derive(Serialize)]
+pub(crate) struct Peer {
     bytes_in: u64,
     bytes_out: u64,
-    #[serde(serialize_with = "as_texts")]
-    ip_net: &'a [wireguard::AllowedIp],
+    ip_net: Vec<String>,
     last_handshake_time: Option<String>,
-    #[serde(serialize_with = "as_text")]
-    public_key: &'a wireguard::PublicKey,
+    public_key: String,
 }
 
-impl<'a> From<&'a wireguard::Peer<'_>> for Peer<'a> {
-    fn from(peer: &'a wireguard::Peer<'_>) -> Self {
+impl From<&wireguard::Peer<'_>> for Peer {
+    fn from(peer: &wireguard::Peer<'_>) -> Self {
         Self {
             bytes_in: peer.rx_bytes,
             bytes_out: peer.tx_bytes,
-            ip_net: &peer.allowed_ips,
+            ip_net: peer.allowed_ips.iter().map(ToString::to_string).collect(),
             last_handshake_time: peer.last_handshake.map(rfc3339::format),
-            public_key: &peer.public_key,
+            public_key: peer.public_key.to_string(),
         }
     }
+}
+
+/// One peer after the other: a list of them all would take as much memory again.
+fn peers<S: Serializer>(peers: &[&wireguard::Peer], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(peers.iter().map(|peer| Peer::from(*peer)))
+}
+
+/// `POST /w/sync_peers`.
+#[derive(Serialize)]
+pub(crate) struct Synced<'a> {
+    pub(crate) added: Vec<String>,
+    pub(crate) updated: Vec<String>,
+    #[serde(serialize_with = "peers")]
+    pub(crate) removed: &'a [&'a wireguard::Peer<'a>],
+    pub(crate) unchanged: usize,
 }
 
 /// `GET /o/connection_list`.
@@ -85,67 +78,55 @@ impl<'a> From<&'a wireguard::Peer<'_>> for Peer<'a> {
 pub(crate) struct ConnectionList<'a> {
     connection_list: Vec<Connection<'a>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    failed: Vec<FailedSocket<'a>>,
+    failed: Vec<Failed<'a>>,
 }
 
-/// A connected OpenVPN client.
+/// A connected client; `""` for an address that it does not have.
 #[derive(Serialize)]
 struct Connection<'a> {
     common_name: &'a str,
-    #[serde(serialize_with = "as_text_or_empty")]
-    ip_four: Option<Ipv4Addr>,
-    #[serde(serialize_with = "as_text_or_empty")]
-    ip_six: Option<Ipv6Addr>,
+    ip_four: String,
+    ip_six: String,
 }
 
 /// An OpenVPN process that could not be asked.
 #[derive(Serialize)]
-struct FailedSocket<'a> {
+struct Failed<'a> {
     socket: &'a str,
     error: &'a str,
 }
 
 impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
     fn from(listing: &'a openvpn::Listing) -> Self {
-        let connection = |client: &'a openvpn::Client| Connection {
+        let connections = listing.clients().map(|client| Connection {
             common_name: &client.common_name,
-            ip_four: client.ipv4,
-            ip_six: client.ipv6,
-        };
-        let failed = |failure: &'a openvpn::SocketFailure| FailedSocket {
-            socket: &failure.socket,
-            error: &failure.error,
-        };
-        Self {
-            connection_list: listing.clients().map(connection).collect(),
-            failed: listing.failed.iter().map(failed).collect(),
-        }
+            ip_four: client.ipv4.map(|ip| ip.to_string()).unwrap_or_default(),
+            ip_six: client.ipv6.map(|ip| ip.to_string()).unwrap_or_default(),
+        });
+        let failed = listing
+            .failed
+            .iter()
+            .map(|failure| Failed { socket: &failure.socket, error: &failure.error });
+        Self { connection_list: connections.collect(), failed: failed.collect() }
     }
 }
 
 /// Why a call failed: a status of the contract and one sentence for people.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Error {
-    /// HTTP status.
-    pub status: u16,
+pub(crate) struct Error {
+    pub(crate) status: u16,
     /// Names the parameter, socket or device and what is wrong with it.
-    pub sentence: String,
+    pub(crate) sentence: String,
 }
 
 impl Error {
-    /// An error of the caller's or the daemon's own making.
-    pub fn new(status: u16, sentence: impl Into<String>) -> Self {
+    pub(crate) fn new(status: u16, sentence: impl Into<String>) -> Self {
         Self { status, sentence: sentence.into() }
-    }
-
-    /// The body of the answer: `{"error":"…"}`.
-    pub fn body(&self) -> String {
-        error_body(&self.sentence)
     }
 }
 
 /// `{"error":"…"}`, the body of every answer that reports a failure.
-pub fn error_body(sentence: &str) -> String {
+pub(crate) fn error_body(sentence: &str) -> String {
     serde_json::json!({ "error": sentence }).to_string()
 }
 
@@ -180,28 +161,86 @@ impl From<wireguard::SyncError> for Error {
     }
 }
 
-fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
+/// The body of `POST /w/sync_peers`.
+#[derive(Deserialize)]
+struct SyncBody {
+    peer_list: Vec<Object<ListedPeer>>,
 }
 
-fn as_text_or_empty<S: Serializer>(
-    value: &Option<impl Display>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => serializer.collect_str(value),
-        None => serializer.serialize_str(""),
+/// Other fields are ignored: the peer list can be sent back as it is.
+#[derive(Deserialize)]
+struct ListedPeer {
+    public_key: Key,
+    ip_net: Vec<IpNet>,
+}
+
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct Key(PublicKey);
+
+impl TryFrom<String> for Key {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        checked("public_key", &text).map(Self)
     }
 }
 
-fn as_texts<S: Serializer>(values: &[impl Display], serializer: S) -> Result<S::Ok, S::Error> {
-    struct Text<'a, T>(&'a T);
-    impl<T: Display> Serialize for Text<'_, T> {
-        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-            serializer.collect_str(self.0)
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct IpNet(AllowedIp);
+
+impl TryFrom<String> for IpNet {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        checked("ip_net", &text).map(Self)
+    }
+}
+
+/// A JSON object. By itself a derive takes a list of the fields' values as well, and `[[]]` is not to
+/// remove every peer.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Map<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Map<T> {
+            type Value = T;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map))
+            }
         }
+        from.deserialize_map(Map(PhantomData)).map(Self)
     }
-    serializer.collect_seq(values.iter().map(Text))
+}
+
+/// A peer as it is to be.
+pub(crate) type WantedPeer = (PublicKey, Vec<AllowedIp>);
+
+/// Reads the whole list; 400 where it is not what the call takes.
+pub(crate) fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
+    let Object(SyncBody { peer_list }) = serde_json::from_slice(body).map_err(|error| {
+        // What is wrong may be as long as the body.
+        let shown: String = error.to_string().chars().take(300).collect();
+        Error::new(400, format!("the body is not as the call takes it: {shown}"))
+    })?;
+    let peers = peer_list.into_iter().map(|Object(ListedPeer { public_key, ip_net })| {
+        (public_key.0, ip_net.into_iter().map(|IpNet(allowed_ip)| allowed_ip).collect())
+    });
+    Ok(peers.collect())
+}
+
+/// What the text of a parameter or field means.
+///
+/// # Errors
+/// A sentence that names it and shows the beginning of the text.
+pub(crate) fn checked<T: FromStr<Err: Display>>(name: &str, text: &str) -> Result<T, String> {
+    text.parse().map_err(|error| {
+        let shown: String = text.chars().take(64).collect();
+        format!("`{name}` {error}: {shown:?}")
+    })
 }
 
 #[cfg(test)]
@@ -209,14 +248,33 @@ mod tests {
     use super::*;
     use std::time::{Duration, SystemTime};
 
+    const KEY: &str = "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=";
+
     fn json(value: &impl Serialize) -> String {
         serde_json::to_string(value).unwrap()
     }
 
     #[test]
-    fn a_peer_is_as_in_the_contract() {
+    fn answers_are_as_in_the_contract() {
+        let mut node = Node {
+            cpu_count: 2,
+            load_average: vec![],
+            maintenance_mode: false,
+            node_uptime: 3828,
+            o_client_count: None,
+            rel_load_average: vec![],
+            v: "1.0.0",
+            w_peer_count: None,
+        };
+        let bare = r#"{"cpu_count":2,"load_average":[],"maintenance_mode":false,"node_uptime":3828,"rel_load_average":[],"v":"1.0.0"}"#;
+        assert_eq!(json(&node), bare);
+        (node.load_average, node.rel_load_average) = (vec![0.55, 0.76, 0.75], vec![27, 38, 37]);
+        (node.o_client_count, node.w_peer_count) = (Some(1), Some(5));
+        let whole = r#"{"cpu_count":2,"load_average":[0.55,0.76,0.75],"maintenance_mode":false,"node_uptime":3828,"o_client_count":1,"rel_load_average":[27,38,37],"v":"1.0.0","w_peer_count":5}"#;
+        assert_eq!(json(&node), whole);
+
         let peer = wireguard::Peer {
-            public_key: "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=".parse().unwrap(),
+            public_key: KEY.parse().unwrap(),
             allowed_ips: ["10.43.43.2/32", "fd43::2/128"]
                 .map(|ip| ip.parse().unwrap())
                 .to_vec()
@@ -225,32 +283,110 @@ mod tests {
             rx_bytes: 19732,
             tx_bytes: 32364,
         };
-        assert_eq!(
-            json(&Peer::from(&peer)),
-            r#"{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ="}"#
-        );
         let never_seen =
-            wireguard::Peer { last_handshake: None, allowed_ips: vec![].into(), ..peer };
-        let text = json(&Peer::from(&never_seen));
-        assert!(text.contains(r#""ip_net":[],"last_handshake_time":null,"#), "{text}");
-    }
-
-    #[test]
-    fn a_node_without_load_has_empty_lists() {
-        let mut node = Node::new(2, None);
-        (node.maintenance_mode, node.node_uptime, node.v) = (false, 3828, "1.0.0");
-        let bare = r#"{"cpu_count":2,"load_average":[],"maintenance_mode":false,"node_uptime":3828,"rel_load_average":[],"v":"1.0.0"}"#;
-        assert_eq!(json(&node), bare);
-        (node.load_average, node.rel_load_average) = (vec![0.55, 0.76, 0.75], vec![27, 38, 37]);
-        (node.o_client_count, node.w_peer_count) = (Some(1), Some(5));
-        assert_eq!(
-            json(&node),
-            r#"{"cpu_count":2,"load_average":[0.55,0.76,0.75],"maintenance_mode":false,"node_uptime":3828,"o_client_count":1,"rel_load_average":[27,38,37],"v":"1.0.0","w_peer_count":5}"#
+            wireguard::Peer { last_handshake: None, allowed_ips: vec![].into(), ..peer.clone() };
+        let seen = format!(
+            r#"{{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"{KEY}"}}"#
         );
+        let unseen = format!(
+            r#"{{"bytes_in":19732,"bytes_out":32364,"ip_net":[],"last_handshake_time":null,"public_key":"{KEY}"}}"#
+        );
+        let list = PeerList { peer_list: &[&peer, &never_seen] };
+        assert_eq!(json(&list), format!(r#"{{"peer_list":[{seen},{unseen}]}}"#));
+        let synced = Synced {
+            added: vec!["a".to_owned()],
+            updated: vec![],
+            removed: &[&never_seen],
+            unchanged: 3,
+        };
+        assert_eq!(
+            json(&synced),
+            format!(r#"{{"added":["a"],"updated":[],"removed":[{unseen}],"unchanged":3}}"#)
+        );
+
+        let client = Connection {
+            common_name: "\"é\"",
+            ip_four: "10.66.21.4".to_owned(),
+            ip_six: String::new(),
+        };
+        let mut list = ConnectionList { connection_list: vec![client], failed: vec![] };
+        let clients =
+            r#""connection_list":[{"common_name":"\"é\"","ip_four":"10.66.21.4","ip_six":""}]"#;
+        assert_eq!(json(&list), format!("{{{clients}}}"));
+        list.failed.push(Failed { socket: "a.sock", error: "x" });
+        let failed = r#""failed":[{"socket":"a.sock","error":"x"}]"#;
+        assert_eq!(json(&list), format!("{{{clients},{failed}}}"));
+        assert_eq!(error_body("`x\"y` is \\ wrong"), r#"{"error":"`x\"y` is \\ wrong"}"#);
     }
 
     #[test]
-    fn an_error_is_one_sentence_in_json() {
-        assert_eq!(error_body("`x\"y` is \\ wrong"), r#"{"error":"`x\"y` is \\ wrong"}"#);
+    fn peers_to_be() {
+        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
+        let number = "9".repeat(100_000);
+        let list = |peer: &str| format!(r#" {{"x":1,"peer_list":[{peer}],"y":null}} "#);
+        for (peer, ips) in [
+            (format!(r#"{{"public_key":"{KEY}","ip_net":[]}}"#), &[][..]),
+            (
+                format!(
+                    r#"{{"bytes_in":1,"ip_net":["10.0.0.1/32","::/0"],"last_handshake_time":null,"public_key":"{KEY}"}}"#
+                ),
+                &["10.0.0.1/32", "::/0"],
+            ),
+            (
+                format!(
+                    r#"{{"a":{deep},"public_key":"{KEY}","ip_net":[],"b":{number},"c":-{number}e{number}}}"#
+                ),
+                &[],
+            ),
+            // JSON may write any character of a string as an escape.
+            (
+                format!(r#"{{"\u0070ublic_key":"\u0030{}","ip_net":["10.0.0.0\/8"]}}"#, &KEY[1..]),
+                &["10.0.0.0/8"],
+            ),
+        ] {
+            let ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+            let wanted = vec![(KEY.parse().unwrap(), ips)];
+            assert_eq!(read_wanted(list(&peer).as_bytes()), Ok(wanted));
+        }
+        assert_eq!(read_wanted(list("").as_bytes()), Ok(vec![]));
+    }
+
+    #[test]
+    fn bodies_that_are_no_peer_list() {
+        let long = "x".repeat(100_000);
+        let peer = |key: &str, ips: &str| {
+            format!(r#"{{"peer_list":[{{"public_key":"{key}","ip_net":[{ips}]}}]}}"#)
+        };
+        for (body, part) in [
+            (String::new(), "EOF while parsing"),
+            ("{".into(), "EOF while parsing"),
+            ("{}".into(), "missing field `peer_list`"),
+            ("[]".into(), "expected an object"),
+            ("[[]]".into(), "expected an object"),
+            (r#"{"peer_list":null}"#.into(), "expected a sequence"),
+            (r#"{"peer_list":[],"peer_list":[]}"#.into(), "duplicate field `peer_list`"),
+            (r#"{"peer_list":[]}{"#.into(), "trailing characters"),
+            (r#"{"peer_list":[1]}"#.into(), "expected an object"),
+            (format!(r#"{{"peer_list":[["{KEY}",[]]]}}"#), "expected an object"),
+            (r#"{"peer_list":[],}"#.into(), "trailing comma"),
+            (r#"{"peer_list":[{"ip_net":[]}]}"#.into(), "missing field `public_key`"),
+            (format!(r#"{{"peer_list":[{{"public_key":"{KEY}"}}]}}"#), "missing field `ip_net`"),
+            (r#"{"peer_list":[{"public_key":1,"ip_net":[]}]}"#.into(), "1`, expected a string"),
+            (
+                peer("abc", ""),
+                "`public_key` must be 32 bytes in base64 (44 characters, the last one `=`): \"abc\" at line 1 column 33",
+            ),
+            (peer(&long, ""), "`public_key` must be"),
+            (peer(KEY, "\"10.0.0.1\""), "`ip_net` must be an address and a prefix length"),
+            (peer(KEY, &format!("\"{long}\"")), "`ip_net` must be"),
+            (peer(KEY, "1"), "expected a string"),
+            (format!("{{\"peer_list\":\"{long}\"}}"), "invalid type: string \"xxx"),
+            ("{\"peer_list\":[],\"a\":\"\u{1}\"}".into(), "control character"),
+        ] {
+            let error = read_wanted(body.as_bytes()).unwrap_err();
+            assert_eq!(error.status, 400, "{error:?}");
+            assert!(error.sentence.contains(part), "{part}: {error:?}");
+            assert!(error.sentence.len() < 400, "{error:?}");
+        }
     }
 }

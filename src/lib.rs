@@ -2,31 +2,29 @@
 
 #[allow(dead_code)] // the backends move onto it one by one
 mod agent;
-pub mod api;
+mod api;
 pub mod check;
 pub mod cli;
 pub mod head;
 pub mod listener;
-pub mod logging;
-pub mod node;
+mod logging;
+mod node;
 pub mod openvpn;
-pub mod probe;
-pub mod rfc3339;
-pub mod routes;
-pub mod server;
-pub mod systemd;
-#[allow(dead_code)]
+mod probe;
+mod rfc3339;
+mod routes;
+mod server;
+mod systemd;
 mod threads;
 mod tls;
 mod unix;
-pub mod uploads;
 pub mod wireguard;
 
-use std::fmt;
 use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::{self, ExitCode};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -37,7 +35,6 @@ use nix::unistd::Pid;
 
 use cli::{Command, Options};
 use listener::{FrontDoor, Inner, InnerDirectory};
-use server::Server;
 
 /// Descriptors of one connection with a request under way: its socket, the connection to
 /// tiny_http, of which tiny_http holds two and the front door one, the OpenVPN directory while it is
@@ -50,91 +47,76 @@ const OTHER_DESCRIPTORS: u64 = openvpn::MAX_DESCRIPTORS + 128;
 /// For the daemon's first answer, which nobody but itself asks for.
 const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);
 
-/// Why the daemon does not run: one line for the operator.
-#[derive(Debug)]
-enum Error {
-    Usage(String),
-    Bind(listener::BindError),
-    Tls(tls::Error),
-    Passed(systemd::SocketError),
-    Start { what: &'static str, error: io::Error },
-    Inner { directory: PathBuf, error: io::Error },
-    HttpServer,
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Usage(error) => f.write_str(error),
-            Self::Bind(error) => error.fmt(f),
-            Self::Tls(error) => error.fmt(f),
-            Self::Passed(error) => error.fmt(f),
-            Self::Start { what, error } => write!(f, "cannot {what}: {error}"),
-            Self::Inner { directory, error } => write!(
-                f,
-                "cannot make the inner socket in {}: {error}; RUNTIME_DIRECTORY or TMPDIR names \
-                 another directory",
-                directory.display()
-            ),
-            Self::HttpServer => write!(f, "the HTTP server has given up"),
-        }
-    }
-}
-
-impl Error {
-    fn start(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |error| Self::Start { what, error }
-    }
-}
-
 /// Runs what the command line asks for; the result is the exit status.
 #[must_use]
 pub fn run() -> ExitCode {
-    let result = match cli::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Help) => print(cli::HELP),
-        Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n")),
-        Ok(Command::Serve(options)) => serve(options),
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Help) => print(cli::HELP, 0),
+        Ok(Command::Version) => print(concat!("vpn-daemon ", env!("CARGO_PKG_VERSION"), "\n"), 0),
         Ok(Command::Check { options, given, json }) => {
             let report = check::run(options, given);
-            let printed = print(&if json { report.json() } else { report.to_string() });
-            match printed {
-                Ok(()) => return ExitCode::from(report.exit_status()),
-                error => error,
-            }
+            let text = if json { report.json() } else { report.to_string() };
+            print(&text, report.exit_status())
         }
-        Err(error) => Err(Error::Usage(error)),
-    };
-    let Err(error) = result else {
-        return ExitCode::SUCCESS;
-    };
+        Ok(Command::Serve(options)) => daemon(options),
+        Err(error) => fail(&error, 2),
+    }
+}
+
+fn daemon(options: Options) -> ExitCode {
+    start_over();
+    if let Err(error) = logging::start() {
+        return fail(&format!("cannot start logging: {error}"), 1);
+    }
+    let result = serve(options);
+    let last_words = result.as_ref().err().map(|error| format!("vpn-daemon: {error}\n"));
+    logging::finish(&last_words.unwrap_or_default());
+    ExitCode::from(u8::from(result.is_err()))
+}
+
+/// The C library keeps what was allocated for long lists, 64 MiB and more of it for each thread, unless
+/// it is told otherwise when the process starts. The unit does.
+fn start_over() {
+    const TRIM: &str = "MALLOC_TRIM_THRESHOLD_";
+    if std::env::var_os(TRIM).is_none()
+        && let Ok(program) = std::env::current_exe()
+    {
+        let mut again = process::Command::new(program);
+        // It comes back only where it fails, and then it is this process that goes on.
+        let _ = again.args(std::env::args_os().skip(1)).env(TRIM, "131072").exec();
+    }
+}
+
+fn print(text: &str, status: u8) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::from(status),
+        Err(error) => fail(&format!("cannot write to standard output: {error}"), 1),
+    }
+}
+
+fn fail(error: &str, status: u8) -> ExitCode {
     // Nobody is left to tell when stderr is closed.
     let _ = writeln!(io::stderr(), "vpn-daemon: {error}");
-    ExitCode::from(if matches!(error, Error::Usage(_)) { 2 } else { 1 })
+    ExitCode::from(status)
 }
 
-fn print(text: &str) -> Result<(), Error> {
-    io::stdout().write_all(text.as_bytes()).map_err(Error::start("write to standard output"))
-}
-
-fn serve(options: Options) -> Result<(), Error> {
-    logging::start();
+/// Serves until a signal comes; an error is one line for the operator.
+fn serve(options: Options) -> Result<(), String> {
     let notifier = Arc::new(systemd::Notifier::from_environment());
-    // Blocked before the first thread is made, so that all of them inherit it: signals come to
-    // the `wait` below and interrupt no system call.
+    // Blocked before the first thread that may handle requests is made, so that all of them inherit
+    // it: signals come to the `wait` below and interrupt no system call.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
-    signals
-        .thread_block()
-        .map_err(|errno| Error::Start { what: "block signals", error: errno.into() })?;
+    signals.thread_block().map_err(|errno| cannot("block signals")(errno.into()))?;
     let tls = cli::credentials_directory()
         .map(|directory| tls::Tls::open(&directory).map(Arc::new))
         .transpose()
-        .map_err(Error::Tls)?;
+        .map_err(|error| error.to_string())?;
     let limit = raise_open_files(options.max_connections);
-    let tcp = match systemd::passed_socket().map_err(Error::Passed)? {
+    let tcp = match systemd::passed_socket()? {
         Some(passed) => passed,
-        None => listener::bind_tcp(&options.listen).map_err(Error::Bind)?,
+        None => listener::bind_tcp(&options.listen).map_err(|error| error.to_string())?,
     };
-    let address = tcp.local_addr().map_err(Error::start("tell the address"))?;
+    let address = tcp.local_addr().map_err(cannot("tell the address"))?;
     let gave_up = Arc::new(AtomicBool::new(false));
     let tell = Arc::clone(&gave_up);
     let failed = move |error: &io::Error| {
@@ -145,40 +127,43 @@ fn serve(options: Options) -> Result<(), Error> {
         }
     };
     let parent = runtime_directory();
-    let no_inner = |error| Error::Inner { directory: parent.clone(), error };
+    let no_inner = |error| {
+        format!(
+            "cannot make the inner socket in {}: {error}; RUNTIME_DIRECTORY or TMPDIR names \
+             another directory",
+            parent.display()
+        )
+    };
     // Here and not in the threads that use it: it goes however this function ends.
     let directory = InnerDirectory::below(&parent).map_err(no_inner)?;
     let (inner, inner_listener) = Inner::open(&directory, failed.clone()).map_err(no_inner)?;
-    let status = Arc::new(systemd::Status {
-        url: format!("{}://{address}", if tls.is_some() { "https" } else { "http" }),
-        device: options.wg_device.to_string(),
-        openvpn: openvpn::OpenVpn::new(options.openvpn_dir.clone()),
-    });
     let inner_socket = inner.socket().to_owned();
     let alive = move |time| probe::unix(&inner_socket, Instant::now() + time).map(drop);
+    let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
+    let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
+    let status = || systemd::status(&url, options.wg_device.as_str(), &openvpn);
     let node = routes::Node {
-        wireguard: wireguard::WireGuard::new(options.wg_device),
-        openvpn: openvpn::OpenVpn::new(options.openvpn_dir),
+        wireguard: wireguard::WireGuard::new(options.wg_device.clone()),
+        openvpn: Arc::clone(&openvpn),
         cpu_count: node::cpu_count(),
-        uploads: uploads::Uploads::default(),
+        lists: AtomicUsize::new(0),
     };
-    let http = Server::start(inner_listener, node, failed)
-        .map_err(Error::start("start the HTTP server"))?;
-    let front_door = FrontDoor::open(tcp, limit, inner, tls.clone())
-        .map_err(Error::start("start the front door"))?;
-    alive(FIRST_ANSWER_TIME).map_err(Error::start("answer a request of its own"))?;
-    info!("listening on {}", status.url);
+    server::start(inner_listener, node, failed).map_err(cannot("start the HTTP server"))?;
+    let front_door =
+        FrontDoor::open(tcp, limit, inner, tls.clone()).map_err(cannot("start the front door"))?;
+    alive(FIRST_ANSWER_TIME).map_err(cannot("answer a request of its own"))?;
+    info!("listening on {url}");
     log_findings(tls.as_deref());
-    notifier.ready(&status.to_string());
+    notifier.ready(&status());
     let daily = tls.clone();
-    systemd::keep(notifier.clone(), status.clone(), alive, move || log_findings(daily.as_deref()))
-        .map_err(Error::start("start the watchdog's thread"))?;
+    systemd::keep(Arc::clone(&notifier), alive, move || log_findings(daily.as_deref()))
+        .map_err(cannot("start the watchdog's thread"))?;
     loop {
         match signals.wait() {
             Ok(Signal::SIGHUP) => {
                 notifier.reloading();
                 reload(tls.as_deref());
-                notifier.ready(&status.to_string());
+                notifier.ready(&status());
             }
             Ok(signal) if !gave_up.load(Ordering::Acquire) => {
                 info!("{signal}: stopping");
@@ -189,12 +174,14 @@ fn serve(options: Options) -> Result<(), Error> {
     }
     notifier.stopping();
     front_door.close();
-    drop(directory);
-    http.stop();
     match gave_up.load(Ordering::Acquire) {
-        true => Err(Error::HttpServer),
+        true => Err("the HTTP server has given up".to_owned()),
         false => Ok(()),
     }
+}
+
+fn cannot(what: &'static str) -> impl FnOnce(io::Error) -> String {
+    move |error| format!("cannot {what}: {error}")
 }
 
 fn reload(tls: Option<&tls::Tls>) {

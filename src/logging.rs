@@ -1,17 +1,29 @@
 //! Log lines on stderr, one an event: with systemd's priority prefix in the journal, else with a
 //! time stamp.
+//!
+//! A thread of its own writes them, so that nobody waits for whoever reads them.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use log::{Level, LevelFilter, error, warn};
+use log::{Level, LevelFilter, Log, Metadata, Record, error, warn};
 
 use crate::{lock, rfc3339};
 
+/// The target of lines that say who changed what.
+pub(crate) const AUDIT: &str = "vpn_daemon::audit";
+
+/// How long a line of [`AUDIT`] waits for room before it is left out like any other.
+const AUDIT_TIME: Duration = Duration::from_millis(500);
+/// How long the end of the process waits for the last lines.
+const END_TIME: Duration = Duration::from_millis(500);
+/// Bytes of lines that wait to be written.
+const MAX_WAITING: usize = 256 * 1024;
 /// How long [`warn_seldom`] is quiet about what it has just said.
 const QUIET: Duration = Duration::from_secs(1);
 /// Kinds of warnings that are told apart at a time.
@@ -20,31 +32,111 @@ const MAX_KINDS: usize = 64;
 /// Starts logging at the level of `RUST_LOG` (default: info).
 ///
 /// A panic is logged as one line, too: it ends one request, not the daemon.
-pub fn start() {
+///
+/// # Errors
+/// There is no thread to write with.
+pub(crate) fn start() -> io::Result<()> {
+    let mut filter = env_logger::Builder::new();
+    let filter = filter.filter_level(LevelFilter::Info).parse_default_env().build();
+    log::set_max_level(filter.filter());
     let journal = stderr_is_the_journal();
-    env_logger::Builder::new()
-        .filter_level(LevelFilter::Info)
-        .parse_default_env()
-        .format(move |out, record| {
-            let text = one_line(&record.args().to_string());
-            if journal {
-                writeln!(out, "<{}>{text}", priority(record.level()))
-            } else {
-                let now = rfc3339::format(SystemTime::now());
-                writeln!(out, "{now} {:<5} {text}", record.level())
-            }
-        })
-        .init();
+    thread::Builder::new()
+        .name("log".to_owned())
+        .stack_size(64 * 1024)
+        .spawn(move || QUEUE.write_to(io::stderr(), journal))?;
+    log::set_boxed_logger(Box::new(Logger { filter, journal })).map_err(io::Error::other)?;
     std::panic::set_hook(Box::new(|panic| {
-        let thread = std::thread::current();
+        let thread = thread::current();
         let name = thread.name().unwrap_or("without a name");
         error!("internal error in thread {name}: {panic}");
     }));
+    Ok(())
+}
+
+/// Waits a moment until everything is written, and these last words as they are.
+pub(crate) fn finish(last_words: &str) {
+    QUEUE.push(last_words, Duration::ZERO);
+    let lines = lock(&QUEUE.lines);
+    let wait = QUEUE.changed.wait_timeout_while(lines, END_TIME, |lines| !lines.are_written);
+    drop(wait);
+}
+
+struct Logger {
+    filter: env_logger::Logger,
+    journal: bool,
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        self.filter.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record) {
+        if self.filter.matches(record) {
+            let line = line(self.journal, record.level(), &record.args().to_string());
+            let wait = if record.target() == AUDIT { AUDIT_TIME } else { Duration::ZERO };
+            QUEUE.push(&line, wait);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Lines that wait to be written.
+struct Queue {
+    lines: Mutex<Lines>,
+    changed: Condvar,
+}
+
+struct Lines {
+    text: String,
+    /// Lines that there was no room for.
+    left_out: u64,
+    /// Whether there is nothing left to write.
+    are_written: bool,
+}
+
+static QUEUE: Queue = Queue {
+    lines: Mutex::new(Lines { text: String::new(), left_out: 0, are_written: true }),
+    changed: Condvar::new(),
+};
+
+impl Queue {
+    fn push(&self, line: &str, wait: Duration) {
+        let is_full = |lines: &mut Lines| lines.text.len() + line.len() > MAX_WAITING;
+        let lines = self.changed.wait_timeout_while(lock(&self.lines), wait, is_full);
+        let (mut lines, _) = lines.unwrap_or_else(PoisonError::into_inner);
+        match is_full(&mut lines) {
+            true => lines.left_out += 1,
+            false => lines.text.push_str(line),
+        }
+        lines.are_written = false;
+        self.changed.notify_all();
+    }
+
+    fn write_to(&self, mut out: impl Write, journal: bool) {
+        loop {
+            let mut lines = lock(&self.lines);
+            lines.are_written = lines.text.is_empty() && lines.left_out == 0;
+            self.changed.notify_all();
+            let lines = self.changed.wait_while(lines, |lines| lines.are_written);
+            let mut lines = lines.unwrap_or_else(PoisonError::into_inner);
+            let mut text = std::mem::take(&mut lines.text);
+            let left_out = std::mem::take(&mut lines.left_out);
+            drop(lines);
+            self.changed.notify_all();
+            if left_out > 0 {
+                let sentence = format!("{left_out} log lines were left out: nobody took them");
+                text.push_str(&line(journal, Level::Warn, &sentence));
+            }
+            // Nobody is left to tell when stderr is closed.
+            let _ = out.write_all(text.as_bytes());
+        }
+    }
 }
 
 /// Warns at most once a second for each `kind`. The next line of that kind says how many were left
 /// out.
-#[allow(dead_code)]
 pub(crate) fn warn_seldom(kind: &str, text: impl Display) {
     static THROTTLE: Mutex<Throttle> = Mutex::new(Throttle(BTreeMap::new()));
     let left_out = lock(&THROTTLE).admit(kind, Instant::now());
@@ -87,6 +179,14 @@ fn stderr_is_the_journal() -> bool {
     };
     nix::sys::stat::fstat(io::stderr().as_fd())
         .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+fn line(journal: bool, level: Level, text: &str) -> String {
+    let text = one_line(text);
+    match journal {
+        true => format!("<{}>{text}\n", priority(level)),
+        false => format!("{} {level:<5} {text}\n", rfc3339::format(SystemTime::now())),
+    }
 }
 
 /// The syslog priority that journald reads from the prefix `<N>` (sd-daemon(3)).

@@ -21,7 +21,7 @@ const REQUEST: &[u8] = b"GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: 
 ///
 /// # Errors
 /// Nobody listens or answers by `deadline`, or the answer is not 200.
-pub fn tcp(address: &SocketAddr, deadline: Instant) -> io::Result<String> {
+pub(crate) fn tcp(address: &SocketAddr, deadline: Instant) -> io::Result<String> {
     let stream = TcpStream::connect_timeout(address, left(deadline)?)?;
     converse(&stream, &stream, deadline)
 }
@@ -30,7 +30,7 @@ pub fn tcp(address: &SocketAddr, deadline: Instant) -> io::Result<String> {
 ///
 /// # Errors
 /// Nobody listens or answers by `deadline`, or the answer is not 200.
-pub fn unix(path: &Path, deadline: Instant) -> io::Result<String> {
+pub(crate) fn unix(path: &Path, deadline: Instant) -> io::Result<String> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     // Without it, connecting waits for as long as the backlog is full.
     limit(&fd, deadline)?;

@@ -1,66 +1,69 @@
 //! One visible match on method and path: reads the parameters, calls the backends.
 
+use std::fmt::Display;
 use std::io::{self, Read};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use log::{info, warn};
+use log::info;
 
 use crate::api::{self, Error};
+use crate::logging::{AUDIT, warn_seldom};
 use crate::node;
 use crate::openvpn::{CommonName, OpenVpn};
-use crate::uploads::{Upload, Uploads};
-use crate::wireguard::{self, AllowedIp, PublicKey, Synced, Wanted, WireGuard};
+use crate::wireguard::{self, AllowedIp, PublicKey, Synced, WantedBuilder, WireGuard};
 
 /// What the backends of one request may take in all: the client waits for 4 s.
 const BACKEND_BUDGET: Duration = Duration::from_millis(2500);
-
 /// A peer is online when its last handshake is at most this old.
 const ONLINE: Duration = Duration::from_secs(3 * 60);
+/// Bytes of peer lists that may be in memory at a time: two of the longest.
+const MAX_LISTS: usize = 64 << 20;
 
 const FORM: &str = "application/x-www-form-urlencoded";
 const JSON: &str = "application/json";
 
 /// The node: what requests are answered from.
-pub struct Node {
-    /// The WireGuard device.
-    pub wireguard: WireGuard,
-    /// The OpenVPN processes.
-    pub openvpn: OpenVpn,
+pub(crate) struct Node {
+    pub(crate) wireguard: WireGuard,
+    pub(crate) openvpn: Arc<OpenVpn>,
     /// CPUs that the process may run on, read at start.
-    pub cpu_count: u64,
-    /// Peer lists that are being read.
-    pub uploads: Uploads,
+    pub(crate) cpu_count: u64,
+    /// Bytes of the peer lists that are arriving or being applied.
+    pub(crate) lists: AtomicUsize,
 }
 
 /// A request whose head is complete and checked.
 #[derive(Debug)]
-pub struct Request {
-    /// `GET`, `POST`, …
-    pub method: String,
+pub(crate) struct Request {
+    pub(crate) method: String,
     /// Path and query as sent.
-    pub target: String,
-    /// Value of the `Content-Type` header.
-    pub content_type: Option<String>,
+    pub(crate) target: String,
+    pub(crate) content_type: Option<String>,
     /// Whether there is an `Origin` header: a browser page is calling.
-    pub has_origin: bool,
+    pub(crate) has_origin: bool,
     /// Who asks, for the log.
-    pub caller: String,
+    pub(crate) caller: String,
 }
 
 /// What the client is told.
 #[derive(Debug)]
-pub enum Answer {
-    /// 200 with a JSON body.
-    Json(Vec<u8>),
-    /// 200 with a JSON body that may be long.
-    Stream(api::Stream),
-    /// 204.
-    NoContent,
-    /// A failure of the contract.
-    Failure(Error),
-    /// 405, with the value of its header `Allow`.
-    MethodNotAllowed(Error, &'static str),
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    /// JSON; empty where the status is 204.
+    pub(crate) body: Vec<u8>,
+    /// The methods that a call takes, where the status is 405.
+    pub(crate) allow: Option<&'static str>,
+}
+
+impl From<Error> for Answer {
+    fn from(error: Error) -> Self {
+        let body = api::error_body(&error.sentence).into_bytes();
+        Self { status: error.status, body, allow: None }
+    }
 }
 
 impl Request {
@@ -70,16 +73,16 @@ impl Request {
 
     fn query(&self) -> Parameters {
         let query = self.target.split_once('?').map_or("", |(_, query)| query);
-        Parameters(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
+        Parameters::parse(query.as_bytes())
     }
 
     /// Whether the answer needs neither a body nor a backend, so that it is there at once.
-    pub fn is_immediate(&self) -> bool {
+    pub(crate) fn is_immediate(&self) -> bool {
+        let asks_backends =
+            || matches!(self.query().yes_or_no("include_client_peer_count"), Ok(true));
         match (self.method.as_str(), self.path()) {
-            ("GET" | "HEAD", "/i/node") => {
-                !matches!(self.query().yes_or_no("include_client_peer_count"), Ok(true))
-            }
-            ("GET" | "HEAD", _) => !self.path().ends_with("_list"),
+            ("GET" | "HEAD", "/i/node") => !asks_backends(),
+            ("GET" | "HEAD", path) => !path.ends_with("_list"),
             _ => false,
         }
     }
@@ -87,10 +90,10 @@ impl Request {
 
 /// Answers one request. `body` is read only by calls that take one; it yields at most as many
 /// bytes as the front door lets through for the call.
-pub fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
+pub(crate) fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
     if request.has_origin {
         let sentence = "the request carries an Origin header: this API is not for browser pages";
-        return Answer::Failure(Error::new(403, sentence));
+        return Error::new(403, sentence).into();
     }
     let deadline = Instant::now() + BACKEND_BUDGET;
     let answer = match (request.method.as_str(), request.path()) {
@@ -109,58 +112,77 @@ pub fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
         }
         (_, path) => Err(Error::new(404, format!("there is no call {path}"))),
     };
-    answer.unwrap_or_else(Answer::Failure)
+    answer.unwrap_or_else(Answer::from)
 }
 
 fn method_not_allowed(request: &Request, allow: &'static str) -> Answer {
     let methods = allow.replace(", ", " or ");
     let error = Error::new(405, format!("{} takes only {methods}", request.path()));
-    Answer::MethodNotAllowed(error, allow)
+    Answer { allow: Some(allow), ..error.into() }
 }
 
 fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
     let with_counts = request.query().yes_or_no("include_client_peer_count")?;
-    let mut info = api::Node::new(node.cpu_count, node::load_average());
+    let load = node::load_average();
+    let mut info = api::Node {
+        cpu_count: node.cpu_count,
+        load_average: load.iter().map(|load| load.value()).collect(),
+        maintenance_mode: node::maintenance_mode(),
+        node_uptime: node::uptime(),
+        o_client_count: None,
+        rel_load_average: load.iter().map(|load| load.relative(node.cpu_count)).collect(),
+        v: env!("CARGO_PKG_VERSION"),
+        w_peer_count: None,
+    };
     if with_counts {
         // Both at once: what one of them takes is not the other's.
-        let (clients, peers) = thread::scope(|scope| {
-            let ask = || node.openvpn.clients(deadline);
-            let clients = thread::Builder::new().spawn_scoped(scope, ask);
-            let peers = node.wireguard.peers(deadline);
-            (clients.map(|thread| thread.join()), peers)
+        (info.o_client_count, info.w_peer_count) = thread::scope(|scope| {
+            let count = || count_clients(node, deadline);
+            let clients = thread::Builder::new().spawn_scoped(scope, count);
+            let peers = count_peers(node, deadline);
+            let clients = clients.map(|thread| thread.join().ok().flatten());
+            (clients.unwrap_or_else(no_thread_to_count), peers)
         });
-        match clients {
-            Ok(Ok(Ok(listing))) if listing.failed.is_empty() => {
-                info.o_client_count = Some(listing.clients().count());
-            }
-            Ok(Ok(Ok(listing))) => {
-                for failure in &listing.failed {
-                    warn!("no count of OpenVPN clients: {}: {}", failure.socket, failure.error);
-                }
-            }
-            Ok(Ok(Err(error))) => warn!("no count of OpenVPN clients: {error}"),
-            Ok(Err(_)) => warn!("no count of OpenVPN clients: internal error"),
-            Err(error) => warn!("no count of OpenVPN clients: no thread to ask with: {error}"),
-        }
-        match peers {
-            Ok(peers) => {
-                let now = SystemTime::now();
-                info.w_peer_count = Some(peers.iter().filter(|peer| online(peer, now)).count());
-            }
-            Err(error) => warn!("no count of WireGuard peers: {error}"),
-        }
     }
     json(&info)
 }
 
+fn no_thread_to_count(error: io::Error) -> Option<usize> {
+    warn_seldom("count thread", format_args!("no count of OpenVPN clients: no thread: {error}"));
+    None
+}
+
+fn count_clients(node: &Node, deadline: Instant) -> Option<usize> {
+    let reason = match node.openvpn.clients(deadline) {
+        Ok(listing) => match listing.failed.as_slice() {
+            [] => return Some(listing.clients().count()),
+            [one] => format!("{}: {}", one.socket, one.error),
+            [one, more @ ..] => {
+                format!("{}: {}; {} more sockets failed", one.socket, one.error, more.len())
+            }
+        },
+        Err(error) => error.to_string(),
+    };
+    warn_seldom("client count", format_args!("no count of OpenVPN clients: {reason}"));
+    None
+}
+
+fn count_peers(node: &Node, deadline: Instant) -> Option<usize> {
+    let now = SystemTime::now();
+    match node.wireguard.peers(deadline) {
+        Ok(peers) => Some(peers.iter().filter(|peer| is_online(peer, now)).count()),
+        Err(error) => {
+            warn_seldom("peer count", format_args!("no count of WireGuard peers: {error}"));
+            None
+        }
+    }
+}
+
 fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
     let show_all = request.query().yes_or_no("show_all")?;
-    let peers = node.wireguard.peers(deadline)?;
-    if show_all {
-        return stream(api::Stream::peer_list(peers));
-    }
-    let now = SystemTime::now();
-    stream(api::Stream::peer_list(peers.iter().filter(|peer| online(peer, now)).collect()))
+    let (peers, now) = (node.wireguard.peers(deadline)?, SystemTime::now());
+    let listed: Vec<_> = peers.iter().filter(|peer| show_all || is_online(peer, now)).collect();
+    json(&api::PeerList { peer_list: &listed.iter().collect::<Vec<_>>() })
 }
 
 fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
@@ -171,12 +193,13 @@ fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answe
     wireguard.add_peer(&public_key, &allowed_ips, Instant::now() + BACKEND_BUDGET)?;
     let texts: Vec<_> = allowed_ips.iter().map(ToString::to_string).collect();
     info!(
+        target: AUDIT,
         "peer {public_key} on {}: set to allowed IPs {}, asked by {}",
         node.wireguard.device(),
         texts.join(", "),
         request.caller
     );
-    Ok(Answer::NoContent)
+    Ok(NO_CONTENT)
 }
 
 fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
@@ -185,9 +208,10 @@ fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<An
     let wireguard = node.wireguard.asked_by(&request.caller);
     let removed = wireguard.remove_peer(&public_key, Instant::now() + BACKEND_BUDGET)?;
     let Some(peer) = removed else {
-        return Ok(Answer::NoContent);
+        return Ok(NO_CONTENT);
     };
     info!(
+        target: AUDIT,
         "peer {public_key} on {}: removed after {} bytes in, {} bytes out, asked by {}",
         node.wireguard.device(),
         peer.rx_bytes,
@@ -198,68 +222,73 @@ fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<An
 }
 
 fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
-    let result = read_sync(node, request, body);
-    // tiny_http would take as much memory as is left of the body.
-    let _ = io::copy(body, &mut io::sink());
-    let (upload, wanted, dry_run) = result?;
-    let deadline = Instant::now() + BACKEND_BUDGET;
-    let result = node.wireguard.asked_by(&request.caller).sync_peers(wanted, dry_run, deadline);
-    drop(upload);
-    match result {
-        Ok(synced) => {
-            if !dry_run {
-                log_synced(node, request, &synced);
-            }
-            stream(api::Stream::synced(synced))
-        }
-        Err(error) => {
-            let done = &error.done;
-            if !(done.added.is_empty() && done.updated.is_empty() && done.removed.is_empty()) {
-                log_synced(node, request, done);
-            }
-            Err(error.into())
-        }
-    }
-}
-
-/// What the caller wants, checked whole; what it takes stays counted with the upload.
-fn read_sync<'a>(
-    node: &'a Node,
-    request: &Request,
-    body: &mut dyn Read,
-) -> Result<(Upload<'a>, Wanted, bool), Error> {
     require_type(request, JSON)?;
     let dry_run = request.query().yes_or_no("dry_run")?;
-    let upload = node.uploads.begin();
-    let wanted = api::read_wanted(body, &upload)?;
-    Ok((upload, wanted, dry_run))
-}
-
-/// A line for each would be more than the journal takes, 10,000 in 30 s, and a third of the work.
-const KEYS_A_LINE: usize = 20;
-
-fn log_synced(node: &Node, request: &Request, synced: &Synced) {
-    let (device, caller) = (node.wireguard.device(), &request.caller);
-    for peer in synced.removed.iter() {
+    let mut room = Room { all: &node.lists, taken: 0 };
+    let list = read_list(body, &mut room)?;
+    let mut builder = WantedBuilder::default();
+    for (key, allowed_ips) in list {
+        allowed_ips.into_iter().for_each(|ip| builder.allowed_ip(ip));
+        builder.peer(key);
+    }
+    let wanted = builder.build().map_err(|conflict| Error::new(400, conflict.to_string()))?;
+    let deadline = Instant::now() + BACKEND_BUDGET;
+    let result = node.wireguard.asked_by(&request.caller).sync_peers(wanted, dry_run, deadline);
+    let done = result.as_ref().unwrap_or_else(|error| &error.done);
+    if !dry_run && (result.is_ok() || *done != Synced::default()) {
         info!(
-            "peer {} on {device}: removed after {} bytes in, {} bytes out, asked by {caller}",
-            peer.public_key, peer.rx_bytes, peer.tx_bytes
+            target: AUDIT,
+            "{}: {} peers added, {} updated, {} removed, {} left as they are, asked by {}",
+            node.wireguard.device(),
+            done.added.len(),
+            done.updated.len(),
+            done.removed.len(),
+            done.unchanged,
+            request.caller
         );
     }
-    for (keys, what) in [(&synced.updated, "set to other allowed IPs"), (&synced.added, "added")] {
-        for keys in keys.chunks(KEYS_A_LINE) {
-            let texts: Vec<_> = keys.iter().map(ToString::to_string).collect();
-            let (peers, keys) = (if keys.len() == 1 { "peer" } else { "peers" }, texts.join(" "));
-            info!("{peers} {keys} on {device}: {what}, asked by {caller}");
+    let synced = result?;
+    let removed: Vec<_> = synced.removed.iter().collect();
+    json(&api::Synced {
+        added: synced.added.iter().map(ToString::to_string).collect(),
+        updated: synced.updated.iter().map(ToString::to_string).collect(),
+        removed: &removed.iter().collect::<Vec<_>>(),
+        unchanged: synced.unchanged,
+    })
+}
+
+/// Bytes of a peer list, counted for as long as it is there.
+struct Room<'a> {
+    all: &'a AtomicUsize,
+    taken: usize,
+}
+
+impl Room<'_> {
+    fn take(&mut self, bytes: usize) -> bool {
+        self.taken += bytes;
+        self.all.fetch_add(bytes, Ordering::Relaxed) + bytes <= MAX_LISTS
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.taken, Ordering::Relaxed);
+    }
+}
+
+/// Reads a peer list; 503 where others take all the room there is.
+fn read_list(body: &mut dyn Read, room: &mut Room) -> Result<Vec<api::WantedPeer>, Error> {
+    let (mut text, mut piece) = (Vec::new(), vec![0; 64 * 1024]);
+    loop {
+        match body.read(&mut piece).map_err(unreadable)? {
+            0 => return api::read_wanted(&text),
+            count if room.take(count) => text.extend_from_slice(&piece[..count]),
+            _ => {
+                let sentence = "too many peer lists are being read at a time; try again";
+                return Err(Error::new(503, sentence));
+            }
         }
     }
-    info!(
-        "{device}: {} peers added, {} updated, {} removed, {} left as they are, asked by {caller}",
-        synced.added.len(),
-        synced.updated.len(),
-        synced.removed.len(),
-        synced.unchanged
-    );
 }
 
 fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
@@ -274,37 +303,32 @@ fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Res
     if !done.disconnected.is_empty() {
         let counts = done.disconnected.iter().map(|(socket, count)| format!("{count} at {socket}"));
         let counts = counts.collect::<Vec<_>>().join(", ");
-        info!("client {:?}: disconnected {counts}, asked by {}", name.as_str(), request.caller);
+        let (name, caller) = (name.as_str(), &request.caller);
+        info!(target: AUDIT, "client {name:?}: disconnected {counts}, asked by {caller}");
     }
     match done.failed.is_empty() {
-        true => Ok(Answer::NoContent),
+        true => Ok(NO_CONTENT),
         false => Err(node.openvpn.failure(&done.failed).into()),
     }
 }
 
-fn online(peer: &wireguard::Peer, now: SystemTime) -> bool {
+fn is_online(peer: &wireguard::Peer, now: SystemTime) -> bool {
     // A handshake in the future is one from before the clock was set back.
     peer.last_handshake.is_some_and(|seen| now.duration_since(seen).unwrap_or_default() <= ONLINE)
 }
 
+const NO_CONTENT: Answer = Answer { status: 204, body: Vec::new(), allow: None };
+
 fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
     match serde_json::to_vec(value) {
-        Ok(body) => Ok(Answer::Json(body)),
-        Err(error) => Err(Error::new(500, format!("the answer could not be written: {error}"))),
-    }
-}
-
-fn stream(stream: io::Result<api::Stream>) -> Result<Answer, Error> {
-    match stream {
-        Ok(stream) => Ok(Answer::Stream(stream)),
+        Ok(body) => Ok(Answer { status: 200, body, allow: None }),
         Err(error) => Err(Error::new(500, format!("the answer could not be written: {error}"))),
     }
 }
 
 fn require_type(request: &Request, expected: &str) -> Result<(), Error> {
     let media_type = request.content_type.as_deref().and_then(|value| value.split(';').next());
-    let media_type = media_type.map(str::trim);
-    match media_type.is_some_and(|media_type| media_type.eq_ignore_ascii_case(expected)) {
+    match media_type.is_some_and(|sent| sent.trim().eq_ignore_ascii_case(expected)) {
         true => Ok(()),
         false => {
             Err(Error::new(415, format!("{} takes a body of type {expected}", request.path())))
@@ -315,15 +339,22 @@ fn require_type(request: &Request, expected: &str) -> Result<(), Error> {
 fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error> {
     require_type(request, FORM)?;
     let mut bytes = Vec::new();
-    body.read_to_end(&mut bytes)
-        .map_err(|error| Error::new(400, format!("the body could not be read: {error}")))?;
-    Ok(Parameters(form_urlencoded::parse(&bytes).into_owned().collect()))
+    body.read_to_end(&mut bytes).map_err(unreadable)?;
+    Ok(Parameters::parse(&bytes))
+}
+
+fn unreadable(error: io::Error) -> Error {
+    Error::new(400, format!("the body could not be read: {error}"))
 }
 
 /// Names and values of a query or form, in order.
 struct Parameters(Vec<(String, String)>);
 
 impl Parameters {
+    fn parse(text: &[u8]) -> Self {
+        Self(form_urlencoded::parse(text).into_owned().collect())
+    }
+
     fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
         self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
     }
@@ -345,32 +376,23 @@ impl Parameters {
         }
     }
 
-    fn once<T: Parameter>(&self, name: &'static str) -> Result<T, Error> {
-        match self.at_most_once(name)? {
-            Some(value) => checked(name, value),
-            None => Err(Error::new(400, format!("`{name}` is missing"))),
-        }
+    fn once<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<T, Error> {
+        let value = self.at_most_once(name)?.ok_or_else(|| missing(name))?;
+        api::checked(name, value).map_err(|sentence| Error::new(400, sentence))
     }
 
-    fn at_least_once<T: Parameter>(&self, name: &'static str) -> Result<Vec<T>, Error> {
-        let values: Vec<T> =
-            self.all(name).map(|value| checked(name, value)).collect::<Result<_, _>>()?;
-        match values.is_empty() {
-            false => Ok(values),
-            true => Err(Error::new(400, format!("`{name}` is missing"))),
+    fn at_least_once<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<Vec<T>, Error> {
+        let values = self.all(name).map(|value| api::checked(name, value));
+        let values: Result<Vec<T>, _> = values.collect();
+        match values.map_err(|sentence| Error::new(400, sentence))? {
+            none if none.is_empty() => Err(missing(name)),
+            values => Ok(values),
         }
     }
 }
 
-/// What a parameter may be parsed into: its error completes the sentence "`name` …".
-trait Parameter: std::str::FromStr<Err: std::fmt::Display> {}
-impl<T: std::str::FromStr<Err: std::fmt::Display>> Parameter for T {}
-
-fn checked<T: Parameter>(name: &str, value: &str) -> Result<T, Error> {
-    value.parse().map_err(|error| {
-        let shown: String = value.chars().take(64).collect();
-        Error::new(400, format!("`{name}` {error}: {shown:?}"))
-    })
+fn missing(name: &str) -> Error {
+    Error::new(400, format!("`{name}` is missing"))
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ fn refusals() {
     assert_eq!((answer.status, answer.header("Allow")), (405, Some("POST")));
     for (query, body, part) in [
         ("", "", "EOF"),
-        ("", "{}", "`peer_list` is missing"),
+        ("", "{}", "missing field `peer_list`"),
         ("?dry_run=maybe", r#"{"peer_list":[]}"#, "`dry_run` must be `yes` or `no`"),
         ("?dry_run=yes&dry_run=yes", r#"{"peer_list":[]}"#, "`dry_run` must not be repeated"),
         (
@@ -39,7 +39,7 @@ fn refusals() {
             r#"{"peer_list":[{"public_key":"short","ip_net":[]}]}"#,
             "`public_key` must be 32 bytes",
         ),
-        ("?dry_run=yes", r#"{"peer_list":[{"ip_net":[]}]}"#, "`public_key` is missing"),
+        ("?dry_run=yes", r#"{"peer_list":[{"ip_net":[]}]}"#, "missing field `public_key`"),
     ] {
         let answer = post(&daemon, query, body);
         assert_eq!(answer.status, 400, "{answer:?}");
