@@ -3,7 +3,7 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check test install deb rpm test-system
+.PHONY: build check test install deb rpm test-system demo bench
 
 build:
 	$(CARGO) build --release --locked
@@ -59,12 +59,15 @@ test-system:
 	tests/system/run
 
 # Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
-.PHONY: demo
+SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 demo:
-	@CARGO="$(CARGO)" KEEP="$(KEEP)" tests/demo
+	$(SUDO) tests/install-deps openvpn:openvpn wg:wireguard-tools wireguard-go:wireguard-go ip:iproute2 \
+		ping:iputils-ping curl:curl openssl:openssl cc:build-essential \
+		update-ca-certificates:ca-certificates
+	$(MAKE) build
+	@$(SUDO) KEEP="$(KEEP)" tests/demo $(or $(CARGO_TARGET_DIR),target)/release/vpn-daemon
 
 # What the daemon costs beside a floor measured in the same run; ONLY=front, openvpn or wireguard.
-.PHONY: bench
 bench:
-	CARGO="$(CARGO)" tests/install-deps wrk:wrk
+	CARGO="$(CARGO)" tests/install-deps
 	ONLY="$(ONLY)" $(CARGO) bench --locked --bench scale
