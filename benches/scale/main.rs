@@ -1,8 +1,7 @@
-//! `make bench`: what the daemon costs beside a floor that is measured in the same run.
+//! `make bench`: what the daemon costs, each work beside a floor that is measured in the same run.
 //!
-//! Each figure is a ratio. The daemon and its floor take turns, several rounds each, so that a
-//! busy machine slows both; tables and drawing are left in `target/bench`. `ROLE` turns this
-//! executable into one of the bench's own processes; `ONLY=front|openvpn|wireguard` measures a part.
+//! `ONLY=front|openvpn|wireguard` measures a part. The exit status is 1 if a limit is exceeded by
+//! more than noise explains: see [`row::Row::verdict`].
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::print_stdout, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
@@ -12,49 +11,75 @@
 mod common;
 mod drawing;
 mod front;
-mod guest;
-mod measure;
 mod openvpn;
 #[path = "../../tests/common/pki.rs"]
 mod pki;
-mod table;
+mod row;
 #[path = "../../tests/vm/mod.rs"]
 mod vm;
 mod wireguard;
 
-use std::fs;
-use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
-/// The variable that names what a process of the bench is.
-const ROLE: &str = "ROLE";
+use common::Daemon;
+use row::Row;
 
-fn main() {
-    match std::env::var(ROLE).as_deref() {
-        Ok(front::ALONE) => front::serve_alone(),
-        Ok(openvpn::PROCESSES) => openvpn::serve(),
-        Ok(guest::ROLE) => guest::measure(),
-        Ok(role) => panic!("there is no {ROLE} {role}"),
-        Err(_) => bench(),
+/// What takes each row as soon as it is measured.
+type Say<'a> = &'a mut dyn FnMut(Row);
+
+fn main() -> ExitCode {
+    if std::env::var_os(wireguard::GUEST).is_some() {
+        wireguard::measure_in_guest();
+        return ExitCode::SUCCESS;
+    }
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let mut rows = Vec::new();
+    println!("{}", row::HEAD);
+    let mut say = |row: Row| {
+        println!("{row}");
+        rows.push(row);
+    };
+    let measures: [fn(Say); 3] = [front::measure, openvpn::measure, wireguard::measure];
+    for (part, measure) in ["front", "openvpn", "wireguard"].into_iter().zip(measures) {
+        if part.contains(&only) {
+            measure(&mut say);
+        }
+    }
+    let drawing = vm::target_dir().join("scale.svg");
+    std::fs::write(&drawing, drawing::svg(&rows)).unwrap();
+    println!("\nThe drawing is {}.", drawing.display());
+    ExitCode::from(u8::from(rows.iter().any(|row| row.verdict() == row::OVER)))
+}
+
+/// A process that ends with the value.
+struct Process(Child);
+
+impl Process {
+    /// Starts it, and waits until it is `ready`.
+    fn start(command: &mut Command, ready: impl Fn() -> bool) -> Self {
+        let (input, silent) = (Stdio::piped(), Stdio::null);
+        let process = Self(command.stdin(input).stdout(silent()).stderr(silent()).spawn().unwrap());
+        let end = Instant::now() + common::PATIENCE;
+        while !ready() {
+            assert!(Instant::now() < end, "{command:?} does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        process
     }
 }
 
-fn bench() {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let directory = vm::target_dir().join("bench");
-    fs::create_dir_all(&directory).unwrap();
-    for (name, measure) in [
-        ("front", front::measure as fn(&Path) -> Vec<table::Table>),
-        ("openvpn", openvpn::measure),
-        ("wireguard", wireguard::measure),
-    ] {
-        if !name.contains(&only) {
-            continue;
-        }
-        let tables = measure(&directory);
-        let text: Vec<_> = tables.iter().map(ToString::to_string).collect();
-        let text = text.join("\n");
-        println!("\n{text}");
-        fs::write(directory.join(format!("{name}.md")), text).unwrap();
+impl Drop for Process {
+    fn drop(&mut self) {
+        // SIGTERM, so that it leaves nothing behind.
+        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
+        let _ = self.0.wait();
     }
-    println!("The tables and the drawing are in {}.", directory.display());
+}
+
+/// A request on a connection of its own, as the portal makes them; the body of the answer.
+fn get(daemon: &Daemon, target: &str) -> String {
+    let answer = daemon.get(target);
+    assert_eq!(answer.status, 200, "{target}: {}", answer.body);
+    answer.body
 }
