@@ -190,6 +190,7 @@ impl Daemon {
         request += "Connection: close\r\n\r\n";
         let mut stream = self.connect();
         stream.write_all(&[request.as_bytes(), body].concat()).unwrap();
+        let mut stream = BufReader::new(stream);
         let answer = Answer::read(&mut stream, method == "HEAD").unwrap();
         assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection ends after the answer");
         answer
