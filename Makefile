@@ -71,3 +71,16 @@ demo:
 bench:
 	CARGO="$(CARGO)" tests/install-deps
 	ONLY="$(ONLY)" $(CARGO) bench --locked --bench scale
+
+# openapi.yaml, the daemon and the HTTP clients of portals against each other; as root.
+# PARTS: clients, schemathesis, description.
+.PHONY: test-api
+test-api: target/api/bin/st
+	CARGO="$(CARGO)" tests/install-deps go:golang-go node:nodejs 'php:php-cli php-curl'
+	$(CARGO) build --locked
+	unshare --net --mount --pid --fork --kill-child --mount-proc \
+		target/api/bin/python tests/test-api target/debug/vpn-daemon $(PARTS)
+
+target/api/bin/st:
+	python3 -m venv target/api || { apt-get install -q -y python3-venv && python3 -m venv target/api; }
+	target/api/bin/pip install --quiet schemathesis==4.32.5
