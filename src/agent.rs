@@ -77,15 +77,13 @@ struct Queue<L> {
 struct Job<L> {
     /// The latest of its callers': later, nobody waits for it any more.
     deadline: Instant,
-    work: Work<L>,
+    /// Of a list: those who share it.
+    callers: Option<Arc<Callers<L>>>,
+    work: Box<dyn FnOnce(Instant) + Send>,
 }
 
-enum Work<L> {
-    List(Read<L>, Vec<(Instant, Sender<Result<L, Failure>>)>),
-    Change(Box<dyn FnOnce(Instant) + Send>),
-}
-
-type Read<L> = Box<dyn FnOnce(Instant) -> Result<L, Failure> + Send>;
+/// Who waits for a list, and until when.
+type Callers<L> = Mutex<Vec<(Instant, Sender<Result<L, Failure>>)>>;
 
 /// What a caller waits for.
 pub(crate) struct Answer<T> {
@@ -112,17 +110,29 @@ impl<L: Clone + Send + 'static> Agent<L> {
     ) -> Result<Answer<L>, Failure> {
         let (sender, receiver) = channel();
         let mut queue = lock(&self.queue);
-        let queued = queue.jobs.iter_mut().find_map(|job| match &mut job.work {
-            Work::List(_, waiting) => Some((&mut job.deadline, waiting)),
-            Work::Change(_) => None,
+        let mut lists = queue.jobs.iter_mut().filter_map(|Job { deadline, callers, .. }| {
+            callers.as_ref().map(|callers| (deadline, callers))
         });
-        if let Some((latest, waiting)) = queued {
-            waiting.retain(|(deadline, _)| *deadline > Instant::now());
-            waiting.push((deadline, sender));
+        if let Some((latest, callers)) = lists.next() {
+            let mut callers = lock(callers);
+            callers.retain(|(deadline, _)| *deadline > Instant::now());
+            callers.push((deadline, sender));
             *latest = deadline.max(*latest);
         } else {
-            let work = Work::List(Box::new(read), vec![(deadline, sender)]);
-            self.push(&mut queue, Job { deadline, work })?;
+            let callers = Arc::new(Mutex::new(vec![(deadline, sender)]));
+            let (name, waiting) = (self.name.clone(), Arc::clone(&callers));
+            let work = Box::new(move |deadline| {
+                let result = read(deadline);
+                let callers = std::mem::take(&mut *lock(&waiting));
+                let taken = callers.iter().filter(|(_, to)| to.send(result.clone()).is_ok());
+                if taken.count() == 0 {
+                    let outcome =
+                        result.map_or_else(|failure| failure.sentence, |_| "whole".into());
+                    let text = format!("{name}: its list ended after its time-out: {outcome}");
+                    warn_seldom("late list", text);
+                }
+            });
+            self.push(&mut queue, Job { deadline, callers: Some(callers), work })?;
         }
         Ok(Answer { name: self.name.clone(), receiver })
     }
@@ -139,13 +149,13 @@ impl<L: Clone + Send + 'static> Agent<L> {
         change: impl FnOnce(Instant) -> Result<T, Failure> + Send + 'static,
     ) -> Result<Answer<T>, Failure> {
         let (sender, receiver) = channel();
-        let work = Work::Change(Box::new(move |deadline| {
+        let work = Box::new(move |deadline| {
             if let Err(late) = sender.send(change(deadline)) {
                 let outcome = late.0.map_or_else(|failure| failure.sentence, |_| "done".to_owned());
                 warn!("{what}: ended after its time-out: {outcome}");
             }
-        }));
-        self.push(&mut lock(&self.queue), Job { deadline, work })?;
+        });
+        self.push(&mut lock(&self.queue), Job { deadline, callers: None, work })?;
         Ok(Answer { name: self.name.clone(), receiver })
     }
 
@@ -169,7 +179,7 @@ impl<L: Clone + Send + 'static> Agent<L> {
         while let Some(job) = self.next() {
             if Instant::now() < job.deadline {
                 // The panic is in the log; the callers are told that nothing came.
-                let _ = catch_unwind(AssertUnwindSafe(|| self.run(job)));
+                let _ = catch_unwind(AssertUnwindSafe(|| (job.work)(job.deadline)));
             }
         }
     }
@@ -187,26 +197,6 @@ impl<L: Clone + Send + 'static> Agent<L> {
             if rested.timed_out() && queue.jobs.is_empty() {
                 queue.has_thread = false;
                 return None;
-            }
-        }
-    }
-
-    fn run(&self, job: Job<L>) {
-        match job.work {
-            Work::Change(change) => change(job.deadline),
-            Work::List(read, waiting) => {
-                let result = read(job.deadline);
-                let taken =
-                    waiting.iter().filter(|(_, caller)| caller.send(result.clone()).is_ok());
-                if taken.count() == 0 {
-                    let outcome =
-                        result.map_or_else(|failure| failure.sentence, |_| "whole".to_owned());
-                    let name = &self.name;
-                    warn_seldom(
-                        "late list",
-                        format!("{name}: its list ended after its time-out: {outcome}"),
-                    );
-                }
             }
         }
     }
@@ -307,12 +297,8 @@ mod tests {
         }
         let queue = lock(&agent.queue);
         assert!(queue.jobs.len() <= 2);
-        for job in &queue.jobs {
-            assert!(
-                matches!(&job.work, Work::Change(_))
-                    || matches!(&job.work, Work::List(_, waiting) if waiting.len() <= 2)
-            );
-        }
+        let callers = queue.jobs.iter().filter_map(|job| job.callers.as_ref());
+        callers.for_each(|callers| assert!(lock(callers).len() <= 2));
         drop(queue);
         // What comes too late is not begun, and that is a time-out.
         let late = agent.change(soon(0), "x".to_owned(), |_| Ok(())).unwrap();

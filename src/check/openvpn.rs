@@ -141,7 +141,7 @@ fn probe(socket: &Path) -> Entry {
         Err(error) => error,
     };
     let (seen, remedy) = match error.kind() {
-        ErrorKind::NotFound => {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
             let remedy = format!("start its OpenVPN, or: rm {path}");
             return Entry::warning(subject, error.to_string(), remedy);
         }

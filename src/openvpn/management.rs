@@ -8,7 +8,8 @@
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use super::status::Report;
@@ -64,7 +65,7 @@ pub(super) fn disconnect(
     if !name.contains([':', char::REPLACEMENT_CHARACTER]) && name.len() <= MAX_KILL_BYTES {
         let reply = conversation.ask(&format!("kill {}", quoted(name)))?;
         let count = killed(&reply).ok_or_else(|| unexpected(&reply))?;
-        disconnected.store(count, Ordering::Relaxed);
+        disconnected.store(count, Relaxed);
     } else {
         let clients = conversation.status()?;
         let ids = clients
@@ -75,7 +76,7 @@ pub(super) fn disconnect(
         for id in ids.collect::<io::Result<Vec<_>>>()? {
             let reply = conversation.ask(&format!("client-kill {id}"))?;
             if reply.starts_with("SUCCESS:") {
-                disconnected.fetch_add(1, Ordering::Relaxed);
+                disconnected.fetch_add(1, Relaxed);
             } else if reply != "ERROR: client-kill command failed" {
                 return Err(unexpected(&reply));
             } // else it has gone since the list was made.
@@ -88,10 +89,9 @@ pub(super) fn disconnect(
 /// The version of the management interface, as the process words it. Says nothing itself.
 pub(crate) fn probe(socket: &Path, deadline: Instant) -> io::Result<String> {
     let conversation = Conversation::open(socket, deadline)?;
-    let version = conversation.greeting.as_deref().and_then(|text| text.split(" -- ").next());
-    let version = version.map(excerpt).unwrap_or_default();
+    let greeting = conversation.greeting.clone().unwrap_or_default();
     conversation.close();
-    Ok(version)
+    Ok(excerpt(greeting.split(" -- ").next().unwrap_or_default()))
 }
 
 struct Conversation {
@@ -107,7 +107,7 @@ struct Conversation {
 impl Conversation {
     /// Connects and waits until it is being served.
     fn open(socket: &Path, deadline: Instant) -> io::Result<Self> {
-        let stream = Stream::connect(socket, deadline).map_err(|error| refused(socket, &error))?;
+        let stream = Stream::connect(socket, deadline).map_err(refused)?;
         let mut conversation = Self {
             stream: BufReader::with_capacity(16 * 1024, stream),
             line: Vec::new(),
@@ -208,10 +208,9 @@ impl Conversation {
             ErrorKind::TimedOut if greeted => "the process did not finish its reply",
             ErrorKind::TimedOut => "another program holds it, or the process hangs",
             ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
-                if greeted {
-                    "closed the connection in the middle of its reply"
-                } else {
-                    "closed the connection before its greeting"
+                match greeted {
+                    true => "closed the connection in the middle of its reply",
+                    false => "closed the connection before its greeting",
                 }
             }
             _ => return io::Error::other(format!("could not be talked to: {error}")),
@@ -232,22 +231,19 @@ impl Conversation {
 }
 
 /// Why there is no connection.
-fn refused(socket: &Path, error: &io::Error) -> io::Error {
+fn refused(error: io::Error) -> io::Error {
     let sentence = match error.kind() {
-        ErrorKind::TimedOut => "too many others wait for it, or the process hangs".to_owned(),
-        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
-            return io::Error::new(ErrorKind::NotFound, "is stale: no process listens on it");
+        ErrorKind::TimedOut => "too many others wait for it, or the process hangs",
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => "is stale: no process listens on it",
+        ErrorKind::PermissionDenied => {
+            "may not be used by the daemon: permission denied; run the daemon in the group of the \
+             directory, and give that group the right to enter it (mode 0750)"
         }
-        ErrorKind::PermissionDenied => "may not be used by the daemon: permission denied; run the \
-             daemon in the group of the directory, and give that group the right to enter it \
-             (mode 0750)"
-            .to_owned(),
-        ErrorKind::InvalidFilename => format!(
-            "has a path of {} bytes, and a Unix socket address holds 107; use a directory with a \
-             shorter path",
-            socket.as_os_str().len()
-        ),
-        _ => format!("could not be connected to: {error}"),
+        ErrorKind::InvalidFilename => {
+            "has a path of more than the 107 bytes that a Unix socket address holds; use a \
+             directory with a shorter path"
+        }
+        _ => return io::Error::other(format!("could not be connected to: {error}")),
     };
     io::Error::new(error.kind(), sentence)
 }

@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -142,35 +142,25 @@ impl OpenVpn {
         let (_, failed) = self.ask(deadline, |agent, socket| {
             let (name, socket, count) = (name.clone(), socket.to_owned(), Arc::default());
             counts.push((file_name(&socket), Arc::clone(&count)));
-            let what = format!(
-                "{}: disconnecting client {:?}, asked by {asked_by}",
-                socket.display(),
-                name.as_str()
-            );
+            let (client, at) = (name.as_str(), socket.display());
+            let what = format!("disconnecting {client:?} at {at}, asked by {asked_by}");
             agent.change(deadline, what, move |deadline| {
                 there(management::disconnect(&socket, &name, deadline, &count))
             })
         })?;
-        let count = |count: &AtomicUsize| count.load(Ordering::Relaxed);
-        let counts =
-            counts.into_iter().map(|(socket, disconnected)| (socket, count(&disconnected)));
-        let disconnected = counts.filter(|(_, count)| *count > 0).collect();
-        Ok(Disconnection { disconnected, failed })
+        let counts = counts.into_iter().map(|(socket, count)| (socket, count.load(Relaxed)));
+        Ok(Disconnection { disconnected: counts.filter(|(_, count)| *count > 0).collect(), failed })
     }
 
     /// All that failed, as one failure: a time-out if that is all there was.
     pub(crate) fn failure(&self, failed: &[SocketFailure]) -> Failure {
+        let sentence = |failure: &SocketFailure| {
+            format!("{} {}", self.directory.join(&failure.socket).display(), failure.error)
+        };
+        let sentences: Vec<_> = failed.iter().map(sentence).collect();
         let timed_out = failed.iter().all(|failure| failure.kind == FailureKind::Timeout);
-        let sentences: Vec<_> = failed
-            .iter()
-            .map(|SocketFailure { socket, error, .. }| {
-                format!("{} {error}", self.directory.join(socket).display())
-            })
-            .collect();
-        Failure::new(
-            if timed_out { FailureKind::Timeout } else { FailureKind::Failed },
-            format!("OpenVPN management socket {}", sentences.join("; ")),
-        )
+        let kind = if timed_out { FailureKind::Timeout } else { FailureKind::Failed };
+        Failure::new(kind, format!("OpenVPN management socket {}", sentences.join("; ")))
     }
 
     /// Begins a job at each socket, then waits for all. What there is no process for is `None`.
@@ -182,12 +172,10 @@ impl OpenVpn {
         let budget = deadline.saturating_duration_since(Instant::now());
         let mut sockets = self.sockets()?;
         let excess = sockets.split_off(sockets.len().min(MAX_SOCKETS));
-        let jobs: Vec<_> = self
-            .agents(&sockets)
-            .iter()
-            .zip(&sockets)
-            .map(|(agent, socket)| begin(agent, socket))
-            .collect();
+        let agents = self.agents(&sockets);
+        let jobs = agents.iter().zip(&sockets).map(|(agent, socket)| begin(agent, socket));
+        // All of them begin before the first one is waited for.
+        let jobs: Vec<_> = jobs.collect();
         let (mut answers, mut failed) = (Vec::new(), Vec::new());
         for (socket, job) in sockets.iter().zip(jobs) {
             match job.and_then(|job| job.wait(deadline)) {
@@ -210,10 +198,11 @@ impl OpenVpn {
         agents.retain(|socket, agent| {
             Arc::strong_count(agent) > 1 || sockets.binary_search(socket).is_ok()
         });
-        let new = |socket: &Path| Agent::new(socket.display().to_string());
-        let agent =
-            |socket: &PathBuf| agents.entry(socket.clone()).or_insert_with(|| new(socket)).clone();
-        sockets.iter().map(agent).collect()
+        let mut agent = |socket: &PathBuf| {
+            let agent = agents.entry(socket.clone());
+            agent.or_insert_with(|| Agent::new(socket.display().to_string())).clone()
+        };
+        sockets.iter().map(&mut agent).collect()
     }
 
     /// The management sockets that are there now, sorted; a symbolic link counts if it leads to
@@ -242,15 +231,11 @@ impl OpenVpn {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
-            let kind = match entry.file_type() {
-                Ok(kind) => kind,
-                // Removed since it was listed.
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(error),
-            };
-            if kind.is_socket() {
+            // What kind of file it is cannot fail on most file systems. Else it is asked, and says why.
+            let kind = entry.file_type().ok();
+            if kind.is_none_or(|kind| kind.is_socket()) {
                 found.push((false, entry.path(), (device, entry.ino())));
-            } else if kind.is_symlink()
+            } else if kind.is_some_and(|kind| kind.is_symlink())
                 // A link that leads nowhere is no socket.
                 && let Ok(target) = fs::metadata(entry.path())
                 && target.file_type().is_socket()
@@ -270,28 +255,25 @@ impl OpenVpn {
 
 /// `None` where nobody listens: a stale file, or it went away just now.
 fn there<T>(result: io::Result<T>) -> Result<Option<T>, Failure> {
-    match result {
-        Ok(answer) => Ok(Some(answer)),
-        Err(error) => match error.kind() {
-            ErrorKind::NotFound => Ok(None),
-            ErrorKind::TimedOut => Err(Failure::new(FailureKind::Timeout, error.to_string())),
-            _ => Err(Failure::new(FailureKind::Failed, error.to_string())),
-        },
-    }
+    result.map(Some).or_else(|error| {
+        let kind = match error.kind() {
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => return Ok(None),
+            ErrorKind::TimedOut => FailureKind::Timeout,
+            _ => FailureKind::Failed,
+        };
+        Err(Failure::new(kind, error.to_string()))
+    })
 }
 
 fn socket_failure(socket: &Path, failure: Failure, budget: Duration) -> SocketFailure {
-    let (kind, path) = (failure.kind, socket.display().to_string());
-    let error = match kind {
-        FailureKind::Timeout => {
-            debug!("{path} did not answer: {}", failure.sentence);
-            format!("did not answer within {:.1} s", budget.as_secs_f64())
-        }
-        _ => failure
-            .sentence
-            .strip_prefix(&format!("{path} "))
-            .map(str::to_owned)
-            .unwrap_or(failure.sentence),
+    let Failure { kind, sentence } = failure;
+    let path = socket.display();
+    let error = if kind == FailureKind::Timeout {
+        debug!("{path} did not answer: {sentence}");
+        format!("did not answer within {:.1} s", budget.as_secs_f64())
+    } else {
+        // The agent's own sentences begin with its name.
+        sentence.strip_prefix(&format!("{path} ")).unwrap_or(&sentence).to_owned()
     };
     SocketFailure { socket: file_name(socket), kind, error }
 }

@@ -9,39 +9,30 @@ use std::io::{BufRead, BufReader, Read, Result, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::common::TempDir;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, listen,
-    shutdown, socket,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, connect, listen, shutdown,
+    socket,
 };
 
 /// A directory for sockets, removed at the end.
-pub struct Directory(PathBuf);
+pub struct Directory(TempDir);
 
 impl Directory {
     pub fn new() -> Self {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("vd-{}-{count}", std::process::id()));
-        fs::create_dir(&path).unwrap();
-        Self(path)
+        Self(TempDir::new("sockets"))
     }
     pub fn path(&self) -> &Path {
-        &self.0
+        self.0.path()
     }
     pub fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        self.path().join(name)
     }
 }
 
@@ -102,7 +93,7 @@ pub enum Mood {
 pub struct FakeOpenVpn {
     pub path: PathBuf,
     shared: Arc<Shared>,
-    listener: OwnedFd,
+    listener: UnixListener,
     thread: Option<JoinHandle<()>>,
     /// Those who wait at a full socket.
     crowd: Vec<OwnedFd>,
@@ -120,14 +111,12 @@ struct Shared {
 
 impl FakeOpenVpn {
     pub fn start(path: PathBuf, mood: Mood, clients: Vec<FakeClient>) -> Self {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
-        bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
         listen(&listener, Backlog::new(1).unwrap()).unwrap();
         let shared = Arc::new(Shared { clients: Mutex::new(clients), ..Shared::default() });
         let crowd = if mood == Mood::Full { crowd(&path) } else { Vec::new() };
         let thread = (!matches!(mood, Mood::Full | Mood::Deaf)).then(|| {
-            let listener = UnixListener::from(listener.try_clone().unwrap());
+            let listener = listener.try_clone().unwrap();
             let shared = Arc::clone(&shared);
             thread::spawn(move || {
                 while let Ok((stream, _)) = listener.accept() {
@@ -215,11 +204,9 @@ impl Shared {
             Mood::FloodLine => return flood(stream, "x"),
             Mood::FloodNews => return flood(stream, NEWS),
             Mood::Password => return hold(stream, b"ENTER PASSWORD:"),
+            Mood::CloseAfterGreeting => return stream.write_all(GREETING.as_bytes()),
             Mood::Chatty => stream.write_all([NEWS, GREETING, NEWS].concat().as_bytes())?,
             _ => stream.write_all(GREETING.as_bytes())?,
-        }
-        if mood == Mood::CloseAfterGreeting {
-            return Ok(());
         }
         for (number, line) in BufReader::new(stream).split(b'\n').enumerate() {
             if mood == Mood::Close(number) {
@@ -231,9 +218,9 @@ impl Shared {
             match mood {
                 Mood::Slow(ms) => thread::sleep(Duration::from_millis(ms)),
                 Mood::FloodRows => {
-                    let header = reply.windows(13).position(|text| text == b"HEADER\tROUTIN");
-                    stream.write_all(&reply[..header.unwrap()])?;
-                    return flood(stream, "CLIENT_LIST\tx\tr\t10.0.0.1\t\t0\t0\t\t0\t\t1\t1\t\r\n");
+                    stream.write_all(reply.strip_suffix(b"END\r\n").unwrap())?;
+                    let row = "CLIENT_LIST\tx\tr\t10.0.0.1\t\t0\t0\t\t0\t\t1\t1\t\r\n";
+                    return flood(stream, row);
                 }
                 Mood::CloseInReply => return stream.write_all(&reply[..reply.len() / 2]),
                 Mood::NoEnd => return hold(stream, reply.strip_suffix(b"END\r\n").unwrap()),
@@ -297,35 +284,22 @@ impl Shared {
 
 /// Splits a command as OpenVPN does; `None` for what it does not take.
 fn parameters(line: &str) -> Option<Vec<String>> {
-    let mut parameters = Vec::new();
-    let mut chars = line.chars().peekable();
-    while let Some(first) = chars.next() {
-        let mut word = String::new();
-        match first {
-            ' ' => continue,
-            '"' => loop {
-                match chars.next()? {
-                    '"' => break,
-                    '\\' => word.push(chars.next().filter(|c| matches!(c, '"' | '\\' | ' '))?),
-                    c => word.push(c),
-                }
-            },
-            first => {
-                word.push(first);
-                while let Some(c) = chars.next_if(|c| *c != ' ') {
-                    word.push(c);
-                }
-                if word.contains(['\\', '"']) {
-                    return None;
-                }
+    let (mut words, mut chars) = (Vec::new(), line.chars());
+    while let Some(first) = chars.find(|c| *c != ' ') {
+        let quoted = first == '"';
+        let mut word = if quoted { String::new() } else { first.to_string() };
+        loop {
+            match chars.next() {
+                Some('"') if quoted => break,
+                Some(' ') | None if !quoted => break,
+                Some('\\') if quoted => word.push(chars.next().filter(|c| "\"\\ ".contains(*c))?),
+                Some('\\' | '"') | None => return None,
+                Some(c) => word.push(c),
             }
         }
-        if word.len() > 255 {
-            return None;
-        }
-        parameters.push(word);
+        words.push(Some(word).filter(|word| word.len() < 256)?);
     }
-    Some(parameters)
+    Some(words)
 }
 
 /// The report of OpenVPN 2.6.
@@ -334,23 +308,17 @@ fn status(clients: &[FakeClient]) -> Vec<u8> {
         TIME\t2025-01-01 00:00:00\t1735689600\r\n\
         HEADER\tCLIENT_LIST\tCommon Name\tReal Address\tVirtual Address\tVirtual IPv6 Address\t\
         Bytes Received\tBytes Sent\tConnected Since\tConnected Since (time_t)\tUsername\t\
-        Client ID\tPeer ID\tData Channel Cipher\r\n"
+        Client ID\tPeer ID\tData Channel Cipher\r\n\
+        HEADER\tROUTING_TABLE\tVirtual Address\tCommon Name\tReal Address\tLast Ref\t\
+        Last Ref (time_t)\r\n"
         .to_vec();
     for FakeClient { name, ipv4, ipv6, id } in clients {
-        let rest = format!(
+        let row = format!(
             "\t192.0.2.1:1194\t{ipv4}\t{ipv6}\t1\t2\t2025-01-01 00:00:00\t1735689600\tUNDEF\t\
-             {id}\t{id}\tAES-256-GCM\r\n"
+             {id}\t{id}\tAES-256-GCM\r\nROUTING_TABLE\t{ipv4}\t"
         );
-        report.extend([b"CLIENT_LIST\t", &name[..], rest.as_bytes()].concat());
-    }
-    report.extend_from_slice(
-        b"HEADER\tROUTING_TABLE\tVirtual Address\tCommon Name\tReal Address\tLast Ref\t\
-          Last Ref (time_t)\r\n",
-    );
-    for FakeClient { name, ipv4, .. } in clients {
-        let route = format!("ROUTING_TABLE\t{ipv4}\t");
-        let rest = b"\t192.0.2.1:1194\t2025-01-01 00:00:00\t1735689600\r\n";
-        report.extend([route.as_bytes(), name, rest].concat());
+        let route = b"\t192.0.2.1:1194\t2025-01-01 00:00:00\t1735689600\r\n";
+        report.extend([b"CLIENT_LIST\t", &name[..], row.as_bytes(), name, route].concat());
     }
     report.extend_from_slice(b"GLOBAL_STATS\tMax bcast/mcast queue length\t0\r\nEND\r\n");
     report
