@@ -333,7 +333,7 @@ impl Credentials {
 fn credentials() {
     type Plant = fn(&Credentials);
     let faults: [(Plant, i32, &str); 5] = [
-        (|_| {}, OK, "server.crt is valid until "),
+        (|_| {}, OK, "certificate and key belong together, valid until "),
         (
             |c| fs::remove_file(c.file("ca.crt")).unwrap(),
             PROBLEM,
@@ -342,7 +342,7 @@ fn credentials() {
         (
             |c| c.issue("clientAuth", "DNS:node.vpn.example.org", "60"),
             PROBLEM,
-            "server.crt is not for server authentication: issue it again",
+            "server.crt is not for server authentication: issue it",
         ),
         (
             |c| c.issue("serverAuth", "DNS:node.vpn.example.org", "7"),
@@ -432,7 +432,7 @@ fn the_credentials_of_the_service_count_where_the_variable_is_not_set() {
     };
     let checked = check("");
     checked.names(OK, "credentials of the running service", "");
-    checked.names(OK, "server.crt is valid until ", "");
+    checked.names(OK, "certificate and key belong together, valid until ", "");
     check(&NOBODY.join(" ")).names(WARNING, "credentials that may not be read here", "sudo");
 }
 

@@ -8,6 +8,7 @@ use log::Level as Severity;
 use super::settings::OF_THE_SERVICE;
 use super::{Entry, Level, address};
 use crate::cli::ListenAddress;
+use crate::rfc3339;
 use crate::tls::Tls;
 
 const SUBJECT: &str = "TLS";
@@ -22,6 +23,8 @@ pub(super) fn look(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entr
             return vec![Entry { level: Level::Problem, ..Entry::ok(SUBJECT, error.to_string()) }];
         }
     };
+    let until = rfc3339::format(tls.expires());
+    let seen = format!("certificate and key belong together, valid until {until}");
     let findings = tls.findings(SystemTime::now()).into_iter().map(|finding| {
         let level = match finding.severity {
             Severity::Error => Level::Problem,
@@ -30,7 +33,7 @@ pub(super) fn look(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entr
         };
         Entry { level, ..Entry::ok(SUBJECT, finding.text) }
     });
-    std::iter::once(Entry::ok(SUBJECT, tls.summary())).chain(findings).collect()
+    std::iter::once(Entry::ok(SUBJECT, seen)).chain(findings).collect()
 }
 
 fn plain(listen: &ListenAddress) -> Entry {

@@ -1,15 +1,11 @@
-//! What webpki keeps to itself about certificates and revocation lists: names, dates, signatures.
-//!
-//! Layouts: RFC 5280, sections 4.1 (certificate) and 5.1 (list). Nothing here decides about trust.
+//! What webpki keeps to itself about a certificate: its common name and its validity.
 
 use std::time::{Duration, SystemTime};
 
-use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use webpki::{EndEntityCert, Error, KeyUsage};
 
 const VERSION: u8 = 0xa0;
-const UTC_TIME: u8 = 0x17;
 /// 2.5.4.3, `id-at-commonName`.
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
 /// Longest common name that is kept, in characters.
@@ -51,8 +47,8 @@ pub(super) fn unix_time(time: SystemTime) -> UnixTime {
 /// Whether a certificate is a CA's. webpki takes any for one that it is told to trust; used as a
 /// client's, it refuses a CA's.
 pub(super) fn is_authority(certificate: &EndEntityCert, validity: Validity) -> bool {
-    let time = unix_time(validity.not_after);
-    matches!(as_client(certificate, time), Err(Error::CaUsedAsEndEntity))
+    let verdict = as_client(certificate, unix_time(validity.not_after));
+    matches!(verdict, Err(Error::CaUsedAsEndEntity))
 }
 
 /// What webpki says about a client's certificate of an unknown CA.
@@ -62,7 +58,7 @@ fn as_client(certificate: &EndEntityCert, time: UnixTime) -> Result<(), Error> {
 }
 
 /// The common name in a certificate's subject, as it stands there. Of several it is the last, the
-/// most specific one; of a long one its beginning.
+/// most specific one; of a long one its beginning. (RFC 5280, section 4.1)
 pub(crate) fn common_name(certificate: &CertificateDer) -> Option<String> {
     let mut fields = Reader(certificate).enter()?.enter()?;
     let (tag, _) = fields.next()?;
@@ -81,70 +77,12 @@ pub(crate) fn common_name(certificate: &CertificateDer) -> Option<String> {
     Some(found?.chars().take(MAX_NAME).collect())
 }
 
-/// What is read from a revocation list that webpki has parsed.
-pub(super) struct List<'a> {
-    pub(super) der: &'a [u8],
-    /// Contents of the name's SEQUENCE, as webpki compares it.
-    pub(super) issuer: &'a [u8],
-    signed: &'a [u8],
-    algorithm: &'a [u8],
-    signature: &'a [u8],
-    /// When the next one is due, in RFC 3339.
-    pub(super) next_update: String,
-}
-
-impl<'a> List<'a> {
-    pub(super) fn read(der: &'a [u8]) -> Option<Self> {
-        let whole = Reader(der).enter()?;
-        let mut parts = Reader(whole.0);
-        let mut fields = parts.enter()?;
-        let signed = whole.0.strip_suffix(parts.0)?;
-        let (_version, _algorithm) = (fields.next()?, fields.next()?);
-        let (_, issuer) = fields.next()?;
-        let _this_update = fields.next()?;
-        let (tag, next_update) = fields.next()?;
-        let (_, algorithm) = parts.next()?;
-        // A BIT STRING's first byte counts its unused bits; a signature has none.
-        let signature = parts.next()?.1.strip_prefix(&[0])?;
-        let next_update = rfc3339(tag, next_update)?;
-        Some(Self { der, issuer, signed, algorithm, signature, next_update })
-    }
-
-    pub(super) fn is_signed_by(
-        &self,
-        signer: &CertificateDer,
-        algorithms: &WebPkiSupportedAlgorithms,
-    ) -> bool {
-        let Ok(signer) = EndEntityCert::try_from(signer) else { return false };
-        algorithms.all.iter().any(|algorithm| {
-            algorithm.signature_alg_id().as_ref() == self.algorithm
-                && signer.verify_signature(*algorithm, self.signed, self.signature).is_ok()
-        })
-    }
-}
-
-/// From `YYMMDDHHMMSSZ` (years 1950 to 2049) or `YYYYMMDDHHMMSSZ`.
-fn rfc3339(tag: u8, time: &[u8]) -> Option<String> {
-    let time = std::str::from_utf8(time).ok()?;
-    let century = match tag {
-        UTC_TIME if time < "50" => "20",
-        UTC_TIME => "19",
-        _ => "",
-    };
-    let digits = format!("{century}{time}");
-    let parts = [0..4, 4..6, 6..8, 8..10, 10..12, 12..15].map(|part| digits.get(part));
-    let [Some(year), Some(month), Some(day), Some(hour), Some(minute), Some(second)] = parts else {
-        return None;
-    };
-    Some(format!("{year}-{month}-{day}T{hour}:{minute}:{second}"))
-}
-
 /// Walks the DER elements that stand one after another in some bytes.
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
     /// The next element's tag and content.
-    fn next(&mut self) -> Option<(u8, &'a [u8])> {
+    pub(super) fn next(&mut self) -> Option<(u8, &'a [u8])> {
         let (&[tag, first], mut rest) = self.0.split_first_chunk()?;
         let mut length = usize::from(first & 0x7f);
         if first & 0x80 != 0 {
@@ -158,7 +96,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Steps into the next element.
-    fn enter(&mut self) -> Option<Reader<'a>> {
+    pub(super) fn enter(&mut self) -> Option<Reader<'a>> {
         Some(Reader(self.next()?.1))
     }
 }
@@ -167,17 +105,47 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
 
+    fn der(tag: u8, parts: &[Vec<u8>]) -> Vec<u8> {
+        let content = parts.concat();
+        let length = u16::try_from(content.len()).unwrap().to_be_bytes();
+        [vec![tag, 0x82, length[0], length[1]], content].concat()
+    }
+
+    fn certificate(version: bool, names: &[&[u8]]) -> Vec<u8> {
+        let name = |name: &&[u8]| {
+            let attribute = [der(0x06, &[COMMON_NAME.to_vec()]), der(0x0c, &[name.to_vec()])];
+            der(0x31, &[der(0x30, &attribute)])
+        };
+        let subject = der(0x30, &names.iter().map(name).collect::<Vec<_>>());
+        let mut fields = vec![der(VERSION, &[vec![2, 1, 2]])];
+        fields.extend([2, 0x30, 0x30, 0x30].map(|tag| der(tag, &[])));
+        fields.push(subject);
+        der(0x30, &[der(0x30, &fields[usize::from(!version)..])])
+    }
+
     #[test]
-    fn times_of_lists() {
-        for (tag, content, expected) in [
-            (UTC_TIME, "491231235959Z", Some("2049-12-31T23:59:59Z")),
-            (UTC_TIME, "500101000000Z", Some("1950-01-01T00:00:00Z")),
-            (0x18, "21000101000000Z", Some("2100-01-01T00:00:00Z")),
-            (UTC_TIME, "7001", None),
-            (UTC_TIME, "", None),
-            (0x18, "\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}", None),
+    fn common_names() {
+        for (names, expected) in [
+            (&[&b"portal"[..]][..], Some("portal")),
+            (&[b"outer", b"inner"], Some("inner")),
+            (&["p\u{f6}rtal \"x\"\r\n".as_bytes()], Some("p\u{f6}rtal \"x\"\r\n")),
+            (&[b"p\xf6rtal"], Some("p\u{fffd}rtal")),
+            (&[&[b'x'; 1000]], Some(&"x".repeat(MAX_NAME))),
+            (&[b""], Some("")),
+            (&[], None),
         ] {
-            assert_eq!(rfc3339(tag, content.as_bytes()).as_deref(), expected, "{content}");
+            for version in [true, false] {
+                let certificate = CertificateDer::from(certificate(version, names));
+                assert_eq!(common_name(&certificate).as_deref(), expected);
+            }
+        }
+        // Whatever the bytes are, reading ends.
+        let whole = certificate(true, &[b"outer", b"inner"]);
+        for (index, bit) in (0..whole.len()).flat_map(|index| (0..8).map(move |bit| (index, bit))) {
+            let mut changed = whole.clone();
+            changed[index] ^= 1 << bit;
+            let _ = common_name(&changed.into());
+            assert_eq!(common_name(&whole[..index].into()), None);
         }
     }
 
@@ -195,7 +163,6 @@ mod tests {
         ] {
             assert_eq!(Reader(malformed).next(), None, "{malformed:x?}");
             assert_eq!(common_name(&malformed.into()), None);
-            assert!(List::read(malformed).is_none());
         }
     }
 }

@@ -14,16 +14,18 @@ use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::{self, WebPkiSupportedAlgorithms};
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::crypto::{self, CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
+use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, InvalidMessage, OtherError,
-    PeerIncompatible, SignatureScheme,
+    PeerIncompatible, RootCertStore, SignatureScheme,
 };
 use webpki::EndEntityCert;
 
-use super::certificate::Validity;
+use super::certificate::{self, Validity};
+use super::list::List;
 
 /// More certificates than any client needs.
 const MAX_CERTIFICATES: usize = 8;
@@ -32,11 +34,69 @@ const MAX_CHAIN: usize = 32 * 1024;
 /// Longest sentence for the log, in characters: some of what it quotes comes from the client.
 const MAX_SENTENCE: usize = 300;
 
+/// A certificate in `ca.crt`.
+pub(super) struct Authority {
+    pub(super) validity: Validity,
+    pub(super) anchor: TrustAnchor<'static>,
+}
+
 /// Asks the verifier of each CA.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
-    pub(super) authorities: Vec<(Validity, Arc<dyn ClientCertVerifier>)>,
-    pub(super) algorithms: WebPkiSupportedAlgorithms,
+    authorities: Vec<(Validity, Arc<dyn ClientCertVerifier>)>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Authority {
+    pub(super) fn new(certificate: &CertificateDer) -> Result<Self, String> {
+        let parsed = EndEntityCert::try_from(certificate).map_err(|error| error.to_string())?;
+        let validity = certificate::validity(certificate).ok_or("its dates are malformed")?;
+        if !certificate::is_authority(&parsed, validity) {
+            return Err("it is not a CA's (basicConstraints CA:TRUE): take it out".to_owned());
+        }
+        let anchor = webpki::anchor_from_trusted_cert(certificate);
+        let anchor = anchor.map_err(|error| error.to_string())?.to_owned();
+        Ok(Self { validity, anchor })
+    }
+
+    /// For this CA's clients, and those of the CAs below it.
+    fn verifier(
+        &self,
+        lists: &[List],
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Arc<dyn ClientCertVerifier>, String> {
+        let Self { anchor, .. } = self;
+        let is_own = |list: &List| {
+            list.issuer.subject == anchor.subject
+                && list.issuer.subject_public_key_info == anchor.subject_public_key_info
+        };
+        if lists.iter().filter(|list| is_own(list)).count() > 1 {
+            return Err("holds two lists of one CA: leave only the newer one".to_owned());
+        }
+        // webpki asks the first list of an issuer's name: another CA of that name has its own.
+        let lists = lists.iter();
+        let lists = lists.filter(|list| is_own(list) || list.issuer.subject != anchor.subject);
+        let lists = lists.map(|list| CertificateRevocationListDer::from(list.der.clone()));
+        let roots = Arc::new(RootCertStore { roots: vec![anchor.clone()] });
+        WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(provider))
+            .with_crls(lists)
+            .allow_unknown_revocation_status()
+            .build()
+            .map_err(|error| format!("cannot be used: {error}"))
+    }
+}
+
+impl ClientVerifier {
+    pub(super) fn new(
+        authorities: &[Authority],
+        lists: &[List],
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, String> {
+        let algorithms = provider.signature_verification_algorithms;
+        let verifiers =
+            authorities.iter().map(|one| Ok((one.validity, one.verifier(lists, provider)?)));
+        Ok(Self { authorities: verifiers.collect::<Result<_, String>>()?, algorithms })
+    }
 }
 
 impl ClientCertVerifier for ClientVerifier {
@@ -57,7 +117,7 @@ impl ClientCertVerifier for ClientVerifier {
         for (validity, verifier) in &self.authorities {
             match verifier.verify_client_cert(end_entity, intermediates, now) {
                 Ok(verified) if validity.holds(now) => return Ok(verified),
-                Ok(_) => refusals.push(refused("the client's CA has expired or is not valid yet")),
+                Ok(_) => refusals.push(refused("its CA has expired or is not valid yet")),
                 Err(error) => refusals.push(error),
             }
         }
@@ -72,11 +132,11 @@ impl ClientCertVerifier for ClientVerifier {
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        crypto::verify_tls12_signature(message, certificate, signature, &self.algorithms)
+        Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
     }
 
     fn verify_tls13_signature(
@@ -92,8 +152,8 @@ impl ClientCertVerifier for ClientVerifier {
                 // An RSA signature is as long as its key.
                 let short = signature.signature().len() < 256;
                 refused(match format!("{:?}", signature.scheme).starts_with("RSA") && short {
-                    true => "the key of the client's certificate is RSA of less than 2048 bits",
-                    false => "the client does not have the private key of its certificate",
+                    true => "its key is RSA of less than 2048 bits",
+                    false => "the client does not have its private key",
                 })
             }
             error => error,
@@ -153,12 +213,12 @@ pub(crate) fn refusal(error: &io::Error) -> (String, String) {
         error => word(&format!("{error:?}")),
     };
     let sentence = match error {
+        Error::InvalidCertificate(C::Other(other)) => format!("invalid peer certificate: {other}"),
         Error::InvalidCertificate(error) if is_of_another_key(error) => {
-            "a CA in ca.crt has the name of the certificate's issuer, and has not signed it (or its \
-             key is RSA of less than 2048 bits)"
+            "invalid peer certificate: a CA in ca.crt has its issuer's name, and has not signed it \
+             or has an RSA key of less than 2048 bits"
                 .to_owned()
         }
-        Error::InvalidCertificate(C::Other(other)) => other.to_string(),
         Error::PeerIncompatible(PeerIncompatible::SupportedVersionsExtensionRequired) => {
             "the client does not speak TLS 1.3".to_owned()
         }

@@ -106,7 +106,7 @@ fn clients_are_refused_for_a_reason() {
         (None, "peer sent no certificates"),
         (Some("stranger"), UNKNOWN),
         (Some("alone"), UNKNOWN),
-        (Some("impostor"), "a CA in ca.crt has the name of the certificate's issuer"),
+        (Some("impostor"), "a CA in ca.crt has its issuer's name, and has not signed it"),
         (Some("expired"), expired),
         (Some("orphan"), expired),
         (Some("early"), "certificate not valid yet: "),
@@ -119,7 +119,7 @@ fn clients_are_refused_for_a_reason() {
     }
     // `curl` would not use it.
     let weak = ["-cert", "weak.crt", "-key", "weak.key", "-cipher", "DEFAULT@SECLEVEL=0"];
-    site.logs("is RSA of less than 2048 bits", || drop(s_client(&site, &weak)));
+    site.logs("its key is RSA of less than 2048 bits", || drop(s_client(&site, &weak)));
     site.accepts("portal");
 }
 
@@ -165,7 +165,7 @@ fn a_ca_that_has_expired_serves_nobody() {
     pki.credentials(&["ca.crt", "old.crt"], &["server.crt"], "server.key");
     let site = Site::start(pki);
     site.accepts("portal");
-    site.refuses(Some("client"), "the client's CA has expired");
+    site.refuses(Some("client"), "its CA has expired");
     site.daemon.wait_for_log(
         "ca.crt: certificate 2 has expired on 2021-01-01T00:00:00Z: renew it and reload the daemon",
     );

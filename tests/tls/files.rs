@@ -84,7 +84,7 @@ fn files_that_cannot_be_used() {
         ("server.key", key.clone() + &key, "server.key holds several private keys"),
         ("server.key", server.clone(), "server.key holds something other than a private key"),
         ("ca.crl", list.clone() + &foreign, "ca.crl cannot be used: revocation list 2: no CA in ca.crt"),
-        ("ca.crl", list.clone() + &list, "ca.crl cannot be used: revocation list 2: it is the second"),
+        ("ca.crl", list.clone() + &list, "ca.crl holds two lists of one CA"),
         ("ca.crl", partial, "ca.crl cannot be used: revocation list 1: it speaks for some"),
         // What does not fit together.
         ("server.key", pki.read("portal.key"), "server.key does not belong to the first certificate"),
@@ -179,9 +179,9 @@ fn findings() {
         ("ca", "past", "ERROR", "server.crt has expired on 2021-01-01T00:00:00Z: renew it"),
         ("ca", "early", "ERROR", "server.crt is not valid before 2098-01-01T00:00:00Z: check"),
         ("ca", "soon", "WARN", "server.crt expires in 9 days, on "),
-        ("ca", "portal", "ERROR", "server.crt is not for server authentication: issue it again"),
+        ("ca", "portal", "ERROR", "server.crt is not for server authentication: issue it with"),
         ("tight", "outside", "ERROR", "server.crt has a name outside of its CA's name constraint"),
-        ("ca", "self", "WARN", "server.crt does not hold a good chain: "),
+        ("ca", "self", "WARN", "server.crt does not begin a good chain: "),
         ("ca", "server", "WARN", "server.key may be read by everybody (mode 0644): chmod o= it"),
     ] {
         let lines = said(authority, server);
