@@ -12,6 +12,7 @@ check:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	tests/dependencies table
 
 test:
 	tests/install-deps
@@ -45,10 +46,17 @@ TOOLS = target/tools/bin
 $(TOOLS)/%:
 	$(CARGO) install --locked --root target/tools $*
 
-deb: $(TOOLS)/cargo-deb
+# The bill of materials that both packages contain.
+SBOM = target/vpn-daemon.cdx.json
+
+$(SBOM): Cargo.lock Cargo.toml tests/dependencies
+	mkdir -p target
+	tests/dependencies sbom >$@
+
+deb: $(TOOLS)/cargo-deb $(SBOM)
 	$(TOOLS)/cargo-deb --locked --profile $(PROFILE) --output target/debian/
 
-rpm: $(TOOLS)/cargo-generate-rpm
+rpm: $(TOOLS)/cargo-generate-rpm $(SBOM)
 	$(CARGO) build --locked --profile $(PROFILE)
 	mkdir -p target/generate-rpm
 	gzip -9n <man/vpn-daemon.8 >target/vpn-daemon.8.gz
@@ -57,6 +65,19 @@ rpm: $(TOOLS)/cargo-generate-rpm
 # Boots a Debian with systemd in QEMU and installs the package there; as root.
 test-system:
 	tests/system/run
+
+# Licences, sources and duplicates of the dependencies as deny.toml has them, and known faults where
+# the list of these can be had.
+.PHONY: deny
+deny: $(TOOLS)/cargo-deny
+	$(TOOLS)/cargo-deny --locked check licenses bans sources
+	@if $(TOOLS)/cargo-deny fetch db; then $(TOOLS)/cargo-deny --locked check advisories; \
+	else echo 'deny: NOT CHECKED for advisories: their database cannot be had here' >&2; fi
+
+# How often the crates that are linked say `unsafe`.
+.PHONY: unsafe
+unsafe: build
+	CARGO="$(CARGO)" tests/dependencies unsafe
 
 # Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
 SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
