@@ -66,6 +66,11 @@ rpm: $(TOOLS)/cargo-generate-rpm $(SBOM)
 test-system:
 	tests/system/run
 
+# Other versions of OpenVPN and of the kernel; as root.
+.PHONY: test-versions
+test-versions:
+	CARGO="$(CARGO)" tests/versions
+
 # Licences, sources and duplicates of the dependencies as deny.toml has them, and known faults where
 # the list of these can be had.
 .PHONY: deny

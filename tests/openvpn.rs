@@ -63,8 +63,11 @@ struct Process {
 
 impl Process {
     fn start(namespace: &Namespace, log: PathBuf, options: &[&str]) -> Self {
+        // `make test-versions` names other versions.
+        let openvpn = std::env::var_os("OPENVPN").unwrap_or("openvpn".into());
         let child = Command::new("ip")
-            .args(["netns", "exec", &namespace.0, "setpriv", "--pdeathsig", "KILL", "openvpn"])
+            .args(["netns", "exec", &namespace.0, "setpriv", "--pdeathsig", "KILL"])
+            .arg(openvpn)
             .args(["--verb", "3"])
             .args(options)
             .stdin(Stdio::null())
