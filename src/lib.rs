@@ -24,7 +24,7 @@ use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,6 +43,9 @@ const DESCRIPTORS_PER_CONNECTION: u64 = 6;
 
 /// Descriptors for everything else: a conversation with each OpenVPN process, WireGuard, logging.
 const OTHER_DESCRIPTORS: u64 = openvpn::MAX_DESCRIPTORS + 128;
+
+/// What the daemon tells itself with when its HTTP server has given up.
+const GAVE_UP: Signal = Signal::SIGUSR1;
 
 /// For the daemon's first answer, which nobody but itself asks for.
 const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -65,10 +68,14 @@ pub fn run() -> ExitCode {
 
 fn daemon(options: Options) -> ExitCode {
     start_over();
-    if let Err(error) = logging::start() {
-        return fail(&format!("cannot start logging: {error}"), 1);
+    // Blocked before the first thread is made, so that all of them inherit it: signals come to the
+    // `wait` below and interrupt no system call.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, GAVE_UP]);
+    let blocked = signals.thread_block().map_err(io::Error::from);
+    if let Err(error) = blocked.and_then(|()| logging::start()) {
+        return fail(&format!("cannot start: {error}"), 1);
     }
-    let result = serve(options);
+    let result = serve(options, &signals);
     let last_words = result.as_ref().err().map(|error| format!("vpn-daemon: {error}\n"));
     logging::finish(&last_words.unwrap_or_default());
     ExitCode::from(u8::from(result.is_err()))
@@ -101,12 +108,8 @@ fn fail(error: &str, status: u8) -> ExitCode {
 }
 
 /// Serves until a signal comes; an error is one line for the operator.
-fn serve(options: Options) -> Result<(), String> {
+fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let notifier = Arc::new(systemd::Notifier::from_environment());
-    // Blocked before the first thread that may handle requests is made, so that all of them inherit
-    // it: signals come to the `wait` below and interrupt no system call.
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
-    signals.thread_block().map_err(|errno| cannot("block signals")(errno.into()))?;
     let tls = cli::credentials_directory()
         .map(|directory| tls::Tls::open(&directory).map(Arc::new))
         .transpose()
@@ -117,14 +120,10 @@ fn serve(options: Options) -> Result<(), String> {
         None => listener::bind_tcp(&options.listen).map_err(|error| error.to_string())?,
     };
     let address = tcp.local_addr().map_err(cannot("tell the address"))?;
-    let gave_up = Arc::new(AtomicBool::new(false));
-    let tell = Arc::clone(&gave_up);
-    let failed = move |error: &io::Error| {
-        if !tell.swap(true, Ordering::AcqRel) {
-            error!("the HTTP server has given up: {error}");
-            // Wakes the `wait` below; signalling oneself cannot fail.
-            let _ = kill(Pid::this(), Signal::SIGTERM);
-        }
+    let failed = |error: &io::Error| {
+        error!("the HTTP server does not go on: {error}");
+        // Wakes the `wait` below; signalling oneself cannot fail.
+        let _ = kill(Pid::this(), GAVE_UP);
     };
     let parent = runtime_directory();
     let no_inner = |error| {
@@ -136,9 +135,9 @@ fn serve(options: Options) -> Result<(), String> {
     };
     // Here and not in the threads that use it: it goes however this function ends.
     let directory = InnerDirectory::below(&parent).map_err(no_inner)?;
-    let (inner, inner_listener) = Inner::open(&directory, failed.clone()).map_err(no_inner)?;
+    let (inner, inner_listener) = Inner::open(&directory, failed).map_err(no_inner)?;
     let inner_socket = inner.socket().to_owned();
-    let alive = move |time| probe::unix(&inner_socket, Instant::now() + time).map(drop);
+    let alive = move |time| server::probe(&inner_socket, Instant::now() + time);
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
     let status = || systemd::status(&url, options.wg_device.as_str(), &openvpn);
@@ -158,25 +157,22 @@ fn serve(options: Options) -> Result<(), String> {
     let daily = tls.clone();
     systemd::keep(Arc::clone(&notifier), alive, move || log_findings(daily.as_deref()))
         .map_err(cannot("start the watchdog's thread"))?;
-    loop {
+    let last = loop {
         match signals.wait() {
             Ok(Signal::SIGHUP) => {
                 notifier.reloading();
                 reload(tls.as_deref());
                 notifier.ready(&status());
             }
-            Ok(signal) if !gave_up.load(Ordering::Acquire) => {
-                info!("{signal}: stopping");
-                break;
-            }
-            _ => break,
+            last => break last.unwrap_or(GAVE_UP),
         }
-    }
+    };
+    info!("{last}: stopping");
     notifier.stopping();
     front_door.close();
-    match gave_up.load(Ordering::Acquire) {
-        true => Err("the HTTP server has given up".to_owned()),
-        false => Ok(()),
+    match last {
+        GAVE_UP => Err("the HTTP server has given up".to_owned()),
+        _ => Ok(()),
     }
 }
 
@@ -215,35 +211,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Raises the soft limit of open files to what `connections` need and returns how many
 /// connections the hard limit allows.
 fn raise_open_files(connections: usize) -> usize {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return connections;
-    };
-    let needed = needed_files(connections);
-    let granted = if soft < needed && soft < hard {
-        let wanted = needed.min(hard);
-        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted)
-    } else {
-        soft
-    };
-    if granted >= needed {
-        return connections;
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return connections };
+    let (needed, _) = open_files(connections, hard);
+    let wanted = needed.min(hard).max(soft);
+    let granted = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted);
+    let (_, served) = open_files(connections, granted);
+    if served < connections {
+        warn!(
+            "only {granted} open files are allowed, {needed} are needed: serving {served} \
+             connections at a time; raise the hard limit (systemd: LimitNOFILE={needed})"
+        );
     }
-    let affordable = affordable_connections(granted).min(connections);
-    warn!(
-        "only {granted} open files are allowed, {needed} are needed: serving {affordable} \
-         connections at a time; raise the hard limit (systemd: LimitNOFILE={needed})"
-    );
-    affordable
+    served
 }
 
-/// Open files that serving `connections` at the same time may take.
-fn needed_files(connections: usize) -> u64 {
-    connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS
-}
-
-/// Connections that can be served with too few open files.
-fn affordable_connections(files: u64) -> usize {
+/// Open files that serving `connections` at a time takes, and how many `allowed` ones suffice for.
+fn open_files(connections: usize, allowed: u64) -> (u64, usize) {
+    let needed = connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS;
+    if allowed >= needed {
+        return (needed, connections);
+    }
     // A quarter for the connections leaves three for everything else.
-    let affordable = (files / 4 / DESCRIPTORS_PER_CONNECTION).max(1);
-    usize::try_from(affordable).unwrap_or(usize::MAX)
+    let affordable = usize::try_from(allowed / 4 / DESCRIPTORS_PER_CONNECTION);
+    (needed, affordable.unwrap_or(usize::MAX).clamp(1, connections))
 }

@@ -96,12 +96,14 @@ struct Lines {
     are_written: bool,
 }
 
-static QUEUE: Queue = Queue {
-    lines: Mutex::new(Lines { text: String::new(), left_out: 0, are_written: true }),
-    changed: Condvar::new(),
-};
+static QUEUE: Queue = Queue::new();
 
 impl Queue {
+    const fn new() -> Self {
+        let lines = Lines { text: String::new(), left_out: 0, are_written: true };
+        Self { lines: Mutex::new(lines), changed: Condvar::new() }
+    }
+
     fn push(&self, line: &str, wait: Duration) {
         let is_full = |lines: &mut Lines| lines.text.len() + line.len() > MAX_WAITING;
         let lines = self.changed.wait_timeout_while(lock(&self.lines), wait, is_full);
@@ -153,22 +155,21 @@ struct Throttle(BTreeMap<String, (Instant, u64)>);
 impl Throttle {
     /// `None`: not now. Otherwise, how many were left out since the last one.
     fn admit(&mut self, kind: &str, now: Instant) -> Option<u64> {
-        let is_recent = |logged: Instant| now.saturating_duration_since(logged) < QUIET;
-        if let Some((logged, left_out)) = self.0.get_mut(kind) {
-            if is_recent(*logged) {
+        let is_recent = |logged: &Instant| now.saturating_duration_since(*logged) < QUIET;
+        match self.0.get_mut(kind) {
+            Some((logged, left_out)) if is_recent(logged) => {
                 *left_out += 1;
-                return None;
+                None
             }
-            *logged = now;
-            return Some(std::mem::take(left_out));
+            Some(known) => Some(std::mem::replace(known, (now, 0)).1),
+            None => {
+                if self.0.len() >= MAX_KINDS {
+                    self.0.retain(|_, (logged, _)| is_recent(logged));
+                }
+                let has_room = self.0.len() < MAX_KINDS;
+                has_room.then(|| self.0.insert(kind.to_owned(), (now, 0)).map_or(0, |old| old.1))
+            }
         }
-        if self.0.len() >= MAX_KINDS {
-            self.0.retain(|_, (logged, _)| is_recent(*logged));
-        }
-        (self.0.len() < MAX_KINDS).then(|| {
-            self.0.insert(kind.to_owned(), (now, 0));
-            0
-        })
     }
 }
 
@@ -215,11 +216,51 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc;
 
     #[test]
     fn one_event_is_one_line() {
         assert_eq!(one_line("peer wg0 é ☃"), "peer wg0 é ☃");
         assert_eq!(one_line("a\nb\r\tc\u{1b}[31m\0\u{85}"), "a\\nb\\r\\tc\\u{1b}[31m\\u{0}\\u{85}");
+    }
+
+    #[test]
+    fn what_nobody_takes_is_left_out_and_counted() {
+        struct Reader(mpsc::Receiver<()>, mpsc::Sender<String>);
+        impl Write for Reader {
+            fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+                self.0.recv().map_err(io::Error::other)?;
+                self.1
+                    .send(String::from_utf8_lossy(text).into_owned())
+                    .map_err(io::Error::other)?;
+                Ok(text.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (take, taken) = (mpsc::channel(), mpsc::channel());
+        let reader = Reader(take.1, taken.0);
+        let queue: &Queue = Box::leak(Box::new(Queue::new()));
+        thread::spawn(|| queue.write_to(reader, true));
+        queue.push("first\n", Duration::ZERO);
+        while !lock(&queue.lines).text.is_empty() {
+            thread::yield_now();
+        }
+        let line = "x".repeat(1023) + "\n";
+        for _ in 0..MAX_WAITING / line.len() + 7 {
+            queue.push(&line, Duration::ZERO);
+        }
+        // One that may wait is there in the end.
+        let waits = thread::spawn(move || queue.push("audit\n", Duration::from_secs(60)));
+        take.0.send(()).unwrap();
+        assert_eq!(taken.1.recv().unwrap(), "first\n");
+        waits.join().unwrap();
+        (0..2).for_each(|_| take.0.send(()).unwrap());
+        let text = taken.1.recv().unwrap();
+        assert_eq!(text.matches(&line).count(), MAX_WAITING / line.len());
+        assert!(text.ends_with("\n<4>7 log lines were left out: nobody took them\n"));
+        assert_eq!(taken.1.recv().unwrap(), "audit\n");
     }
 
     #[test]

@@ -76,15 +76,9 @@ impl Request {
         Parameters::parse(query.as_bytes())
     }
 
-    /// Whether the answer needs neither a body nor a backend, so that it is there at once.
+    /// Whether the answer is there at once: it asks no backend.
     pub(crate) fn is_immediate(&self) -> bool {
-        let asks_backends =
-            || matches!(self.query().yes_or_no("include_client_peer_count"), Ok(true));
-        match (self.method.as_str(), self.path()) {
-            ("GET" | "HEAD", "/i/node") => !asks_backends(),
-            ("GET" | "HEAD", path) => !path.ends_with("_list"),
-            _ => false,
-        }
+        self.target == "/i/node"
     }
 }
 
@@ -140,41 +134,34 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
             let count = || count_clients(node, deadline);
             let clients = thread::Builder::new().spawn_scoped(scope, count);
             let peers = count_peers(node, deadline);
-            let clients = clients.map(|thread| thread.join().ok().flatten());
-            (clients.unwrap_or_else(no_thread_to_count), peers)
+            let no_thread = |error| no_count("OpenVPN clients", &error);
+            (clients.map_or_else(no_thread, |count| count.join().ok().flatten()), peers)
         });
     }
     json(&info)
 }
 
-fn no_thread_to_count(error: io::Error) -> Option<usize> {
-    warn_seldom("count thread", format_args!("no count of OpenVPN clients: no thread: {error}"));
+/// A count is no reason for the call to fail.
+fn no_count(of_what: &str, reason: &dyn Display) -> Option<usize> {
+    warn_seldom(of_what, format_args!("no count of {of_what}: {reason}"));
     None
 }
 
 fn count_clients(node: &Node, deadline: Instant) -> Option<usize> {
-    let reason = match node.openvpn.clients(deadline) {
+    match node.openvpn.clients(deadline) {
         Ok(listing) => match listing.failed.as_slice() {
-            [] => return Some(listing.clients().count()),
-            [one] => format!("{}: {}", one.socket, one.error),
-            [one, more @ ..] => {
-                format!("{}: {}; {} more sockets failed", one.socket, one.error, more.len())
-            }
+            [] => Some(listing.clients().count()),
+            failed => no_count("OpenVPN clients", &node.openvpn.failure(failed)),
         },
-        Err(error) => error.to_string(),
-    };
-    warn_seldom("client count", format_args!("no count of OpenVPN clients: {reason}"));
-    None
+        Err(failure) => no_count("OpenVPN clients", &failure),
+    }
 }
 
 fn count_peers(node: &Node, deadline: Instant) -> Option<usize> {
     let now = SystemTime::now();
     match node.wireguard.peers(deadline) {
         Ok(peers) => Some(peers.iter().filter(|peer| is_online(peer, now)).count()),
-        Err(error) => {
-            warn_seldom("peer count", format_args!("no count of WireGuard peers: {error}"));
-            None
-        }
+        Err(failure) => no_count("WireGuard peers", &failure),
     }
 }
 
@@ -435,28 +422,5 @@ mod tests {
         assert_eq!(error, Error::new(400, "`m` invalid digit found in string: \"x\""));
         let long = parameters(&format!("n={}", "x".repeat(60_000)));
         assert!(long.once::<u8>("n").unwrap_err().sentence.len() < 200);
-    }
-
-    #[test]
-    fn only_answers_without_backend_or_body_are_immediate() {
-        for (method, target, expected) in [
-            ("GET", "/i/node", true),
-            ("HEAD", "/i/node?include_client_peer_count=no", true),
-            ("GET", "/i/node?include_client_peer_count=yes", false),
-            ("GET", "/i/node?include_client_peer_count=maybe", true),
-            ("GET", "/w/peer_list", false),
-            ("GET", "/o/connection_list?x", false),
-            ("POST", "/i/node", false),
-            ("GET", "/nothing", true),
-        ] {
-            let request = Request {
-                method: method.to_owned(),
-                target: target.to_owned(),
-                content_type: None,
-                has_origin: false,
-                caller: String::new(),
-            };
-            assert_eq!(request.is_immediate(), expected, "{method} {target}");
-        }
     }
 }

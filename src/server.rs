@@ -1,10 +1,12 @@
 //! tiny_http behind the front door: one thread takes its requests, others answer those that take time.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Instant;
 
 use tiny_http::{Header, Request, Response, StatusCode};
 
@@ -13,6 +15,7 @@ use crate::head;
 use crate::logging::warn_seldom;
 use crate::routes::{self, Answer, Node};
 use crate::threads::Threads;
+use crate::unix;
 
 /// Serves the inner socket. `failed` is called if tiny_http ever gives up.
 ///
@@ -21,7 +24,7 @@ use crate::threads::Threads;
 pub(crate) fn start(
     inner: UnixListener,
     node: Node,
-    failed: impl Fn(&io::Error) + Send + 'static,
+    failed: impl FnOnce(&io::Error) + Send + 'static,
 ) -> io::Result<()> {
     let http = tiny_http::Server::from_listener(inner, None).map_err(io::Error::other)?;
     let node = Arc::new(node);
@@ -51,6 +54,21 @@ pub(crate) fn start(
         }
     };
     thread::Builder::new().name("receive".to_owned()).spawn(receive).map(drop)
+}
+
+/// Asks the HTTP server on the inner socket for `/i/node`.
+///
+/// # Errors
+/// It does not answer 200 by `deadline`.
+pub(crate) fn probe(socket: &Path, deadline: Instant) -> io::Result<()> {
+    let mut stream = unix::Stream::connect(socket, deadline)?;
+    stream.write_all(b"GET /i/node HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut status = [0; 12];
+    stream.read_exact(&mut status)?;
+    match &status == b"HTTP/1.1 200" {
+        true => Ok(()),
+        false => Err(io::Error::other("the HTTP server fails")),
+    }
 }
 
 fn view(http: &Request) -> routes::Request {

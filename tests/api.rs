@@ -14,6 +14,7 @@ use common::{Answer, Daemon};
 use management::{Directory, FakeClient, FakeOpenVpn, Mood};
 use serde_json::{Value, json};
 
+const JSON: &str = "Content-Type: application/json";
 const FORM: &str = "Content-Type: application/x-www-form-urlencoded";
 const KEY: &str = "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=";
 
@@ -34,6 +35,7 @@ fn node() {
     let answer = daemon.get("/i/node");
     assert_eq!(answer.status, 200);
     assert_eq!(answer.header("Content-Type"), Some("application/json"));
+    assert_eq!(answer.header("Cache-Control"), Some("no-store"));
     let node = answer.json();
     let names: Vec<_> = node.as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(
@@ -105,9 +107,54 @@ fn counts_are_left_out_when_nobody_can_be_asked() {
     let _broken = FakeOpenVpn::start(directory.join("b.sock"), Mood::Password, vec![]);
     let answer = daemon.get("/i/node?include_client_peer_count=yes");
     assert_eq!((answer.status, answer.json().get("o_client_count")), (200, None));
-    daemon.wait_for_log("no count of OpenVPN clients: b.sock");
+    daemon.wait_for_log("b.sock asked for a password");
     assert_eq!(daemon.get("/i/node?include_client_peer_count=no").json().get("v"), node.get("v"));
     drop(healthy);
+}
+
+#[test]
+fn a_warning_that_anybody_can_cause_comes_once_a_second() {
+    let daemon = Daemon::start(&[]);
+    let started = Instant::now();
+    let counts = || daemon.get("/i/node?include_client_peer_count=yes");
+    for _ in 0..200 {
+        assert_eq!(counts().status, 200);
+    }
+    let log = daemon.log();
+    let lines = log.iter().filter(|line| line.contains("no count of WireGuard peers")).count();
+    assert!(lines as u64 <= 1 + started.elapsed().as_secs(), "{log:#?}");
+    std::thread::sleep(Duration::from_secs(1));
+    counts();
+    daemon.wait_for_log("more like it were left out");
+}
+
+#[test]
+fn long_lists_at_once_take_64_mib_and_leave_nothing_behind() {
+    let daemon = Daemon::start(&[]);
+    let peer = |number: u32| {
+        let ip = std::net::Ipv4Addr::from(0x0a00_0000 + number);
+        format!(r#"{{"public_key":"{number:05}{}A=","ip_net":["{ip}/32"]}}"#, "A".repeat(37))
+    };
+    let peers = (0..20_000).map(peer).collect::<Vec<_>>().join(",");
+    let padding = "x".repeat((31 << 20) - peers.len());
+    let body = format!(r#"{{"peer_list":[{peers}],"x":"{padding}"}}"#);
+    let post = || daemon.call("POST", "/w/sync_peers", &[JSON], body.as_bytes());
+    for _ in 0..2 {
+        let statuses = std::thread::scope(|scope| {
+            let callers: Vec<_> = (0..12).map(|_| scope.spawn(|| post().status)).collect();
+            callers.into_iter().map(|caller| caller.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(statuses.iter().all(|status| [502, 503].contains(status)), "{statuses:?}");
+        assert!(statuses.contains(&503), "{statuses:?}");
+    }
+    assert_eq!(post().status, 502, "there is room again");
+    let peak = daemon.status("VmHWM");
+    assert!(peak < 200 << 10, "{peak} KiB");
+    let end = Instant::now() + common::PATIENCE;
+    while daemon.status("VmRSS") >= 25 << 10 {
+        assert!(Instant::now() < end, "{} KiB stay", daemon.status("VmRSS"));
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 #[test]

@@ -135,7 +135,9 @@ fn a_request_that_arrives_as_it_stops_is_answered() {
     assert_eq!(daemon.get("/i/node").status, 200);
     daemon.signal("TERM");
     // Refused connections tell that it has begun to stop.
-    while std::net::TcpStream::connect(daemon.address).is_ok() {}
+    while std::net::TcpStream::connect(daemon.address).is_ok() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
     half_way.write_all(b"node\r\n\r\n").unwrap();
     let answer = Answer::read(&mut half_way, false).unwrap();
     assert_eq!((answer.status, answer.header("Connection")), (200, Some("close")));
@@ -171,4 +173,19 @@ fn log_lines_have_a_time_stamp_or_the_journals_prefix() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(text.starts_with("<6>listening on http://127.0.0.1:"), "{text:?}");
+}
+
+#[test]
+fn nobody_waits_for_who_reads_the_log() {
+    let mut daemon = Daemon::start(&[]);
+    daemon.stall_log();
+    // Each is a line: more than a pipe holds.
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
+    for _ in 0..3000 {
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    }
+    assert_eq!(daemon.get("/i/node?include_client_peer_count=yes").status, 200);
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0));
 }

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,8 @@ impl Drop for TempDir {
 struct Log {
     lines: Mutex<(Vec<String>, bool)>,
     changed: Condvar,
+    /// Whether no more are read.
+    stalled: AtomicBool,
 }
 
 /// A running daemon on a port of its own; killed when dropped.
@@ -84,6 +86,9 @@ impl Daemon {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 kept.lines.lock().unwrap().0.push(line);
                 kept.changed.notify_all();
+                while kept.stalled.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
             }
             kept.lines.lock().unwrap().1 = true;
             kept.changed.notify_all();
@@ -126,6 +131,11 @@ impl Daemon {
 
     pub fn log(&self) -> Vec<String> {
         self.log.lines.lock().unwrap().0.clone()
+    }
+
+    /// Reads no more than a line from now on.
+    pub fn stall_log(&self) {
+        self.log.stalled.store(true, Ordering::Relaxed);
     }
 
     pub fn signal(&self, name: &str) {
