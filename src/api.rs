@@ -9,7 +9,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::agent::{Failure, FailureKind};
-use crate::wireguard::{AllowedIp, PublicKey};
+use crate::wireguard::{AllowedIp, PublicKey, WantedPeer};
 use crate::{openvpn, rfc3339, wireguard};
 
 /// `GET /i/node`.
@@ -33,7 +33,7 @@ pub(crate) struct Node {
 #[derive(Serialize)]
 pub(crate) struct PeerList<'a> {
     #[serde(serialize_with = "peers")]
-    pub(crate) peer_list: &'a [&'a wireguard::Peer<'a>],
+    pub(crate) peer_list: &'a [&'a wireguard::Peer],
 }
 
 /// A peer in a list, and the answer to its removal.
@@ -46,8 +46,8 @@ pub(crate) struct Peer {
     public_key: String,
 }
 
-impl From<&wireguard::Peer<'_>> for Peer {
-    fn from(peer: &wireguard::Peer<'_>) -> Self {
+impl From<&wireguard::Peer> for Peer {
+    fn from(peer: &wireguard::Peer) -> Self {
         Self {
             bytes_in: peer.rx_bytes,
             bytes_out: peer.tx_bytes,
@@ -69,7 +69,7 @@ pub(crate) struct Synced<'a> {
     pub(crate) added: Vec<String>,
     pub(crate) updated: Vec<String>,
     #[serde(serialize_with = "peers")]
-    pub(crate) removed: &'a [&'a wireguard::Peer<'a>],
+    pub(crate) removed: &'a [&'a wireguard::Peer],
     pub(crate) unchanged: usize,
 }
 
@@ -130,20 +130,6 @@ pub(crate) fn error_body(sentence: &str) -> String {
     serde_json::json!({ "error": sentence }).to_string()
 }
 
-impl From<wireguard::Error> for Error {
-    fn from(error: wireguard::Error) -> Self {
-        Self::new(status(&error), error.to_string())
-    }
-}
-
-fn status(error: &wireguard::Error) -> u16 {
-    match error {
-        wireguard::Error::OwnKey(..) => 400,
-        error if error.is_timeout() => 504,
-        _ => 502,
-    }
-}
-
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         let status = match failure.kind {
@@ -152,12 +138,6 @@ impl From<Failure> for Error {
             FailureKind::Timeout => 504,
         };
         Self::new(status, failure.sentence)
-    }
-}
-
-impl From<wireguard::SyncError> for Error {
-    fn from(error: wireguard::SyncError) -> Self {
-        Self::new(status(&error.cause), error.to_string())
     }
 }
 
@@ -216,9 +196,6 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
-/// A peer as it is to be.
-pub(crate) type WantedPeer = (PublicKey, Vec<AllowedIp>);
-
 /// Reads the whole list; 400 where it is not what the call takes.
 pub(crate) fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
     let Object(SyncBody { peer_list }) = serde_json::from_slice(body).map_err(|error| {
@@ -226,8 +203,9 @@ pub(crate) fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
         let shown: String = error.to_string().chars().take(300).collect();
         Error::new(400, format!("the body is not as the call takes it: {shown}"))
     })?;
-    let peers = peer_list.into_iter().map(|Object(ListedPeer { public_key, ip_net })| {
-        (public_key.0, ip_net.into_iter().map(|IpNet(allowed_ip)| allowed_ip).collect())
+    let peers = peer_list.into_iter().map(|Object(ListedPeer { public_key, ip_net })| WantedPeer {
+        public_key: public_key.0,
+        allowed_ips: ip_net.into_iter().map(|IpNet(allowed_ip)| allowed_ip).collect(),
     });
     Ok(peers.collect())
 }
@@ -275,16 +253,13 @@ mod tests {
 
         let peer = wireguard::Peer {
             public_key: KEY.parse().unwrap(),
-            allowed_ips: ["10.43.43.2/32", "fd43::2/128"]
-                .map(|ip| ip.parse().unwrap())
-                .to_vec()
-                .into(),
+            allowed_ips: ["10.43.43.2/32", "fd43::2/128"].map(|ip| ip.parse().unwrap()).to_vec(),
             last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_640_698_264)),
             rx_bytes: 19732,
             tx_bytes: 32364,
         };
         let never_seen =
-            wireguard::Peer { last_handshake: None, allowed_ips: vec![].into(), ..peer.clone() };
+            wireguard::Peer { last_handshake: None, allowed_ips: vec![], ..peer.clone() };
         let seen = format!(
             r#"{{"bytes_in":19732,"bytes_out":32364,"ip_net":["10.43.43.2/32","fd43::2/128"],"last_handshake_time":"2021-12-28T13:31:04Z","public_key":"{KEY}"}}"#
         );
@@ -344,9 +319,9 @@ mod tests {
                 &["10.0.0.0/8"],
             ),
         ] {
-            let ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
-            let wanted = vec![(KEY.parse().unwrap(), ips)];
-            assert_eq!(read_wanted(list(&peer).as_bytes()), Ok(wanted));
+            let allowed_ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+            let wanted = WantedPeer { public_key: KEY.parse().unwrap(), allowed_ips };
+            assert_eq!(read_wanted(list(&peer).as_bytes()), Ok(vec![wanted]));
         }
         assert_eq!(read_wanted(list("").as_bytes()), Ok(vec![]));
     }

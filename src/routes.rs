@@ -14,7 +14,7 @@ use crate::api::{self, Error};
 use crate::logging::{AUDIT, warn_seldom};
 use crate::node;
 use crate::openvpn::{CommonName, OpenVpn};
-use crate::wireguard::{self, AllowedIp, PublicKey, Synced, WantedBuilder, WireGuard};
+use crate::wireguard::{self, AllowedIp, PublicKey, WantedPeer, WireGuard};
 
 /// What the backends of one request may take in all: the client waits for 4 s.
 const BACKEND_BUDGET: Duration = Duration::from_millis(2500);
@@ -169,77 +169,40 @@ fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
     let show_all = request.query().yes_or_no("show_all")?;
     let (peers, now) = (node.wireguard.peers(deadline)?, SystemTime::now());
     let listed: Vec<_> = peers.iter().filter(|peer| show_all || is_online(peer, now)).collect();
-    json(&api::PeerList { peer_list: &listed.iter().collect::<Vec<_>>() })
+    json(&api::PeerList { peer_list: &listed })
 }
 
 fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
     let allowed_ips: Vec<AllowedIp> = form.at_least_once("ip_net")?;
-    let wireguard = node.wireguard.asked_by(&request.caller);
-    wireguard.add_peer(&public_key, &allowed_ips, Instant::now() + BACKEND_BUDGET)?;
-    let texts: Vec<_> = allowed_ips.iter().map(ToString::to_string).collect();
-    info!(
-        target: AUDIT,
-        "peer {public_key} on {}: set to allowed IPs {}, asked by {}",
-        node.wireguard.device(),
-        texts.join(", "),
-        request.caller
-    );
+    let deadline = Instant::now() + BACKEND_BUDGET;
+    node.wireguard.add_peer(public_key, allowed_ips, &request.caller, deadline)?;
     Ok(NO_CONTENT)
 }
 
 fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
-    let wireguard = node.wireguard.asked_by(&request.caller);
-    let removed = wireguard.remove_peer(&public_key, Instant::now() + BACKEND_BUDGET)?;
-    let Some(peer) = removed else {
-        return Ok(NO_CONTENT);
-    };
-    info!(
-        target: AUDIT,
-        "peer {public_key} on {}: removed after {} bytes in, {} bytes out, asked by {}",
-        node.wireguard.device(),
-        peer.rx_bytes,
-        peer.tx_bytes,
-        request.caller
-    );
-    json(&api::Peer::from(&peer))
+    let deadline = Instant::now() + BACKEND_BUDGET;
+    match node.wireguard.remove_peer(public_key, &request.caller, deadline)? {
+        Some(peer) => json(&api::Peer::from(&peer)),
+        None => Ok(NO_CONTENT),
+    }
 }
 
 fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     require_type(request, JSON)?;
     let dry_run = request.query().yes_or_no("dry_run")?;
     let mut room = Room { all: &node.lists, taken: 0 };
-    let list = read_list(body, &mut room)?;
-    let mut builder = WantedBuilder::default();
-    for (key, allowed_ips) in list {
-        allowed_ips.into_iter().for_each(|ip| builder.allowed_ip(ip));
-        builder.peer(key);
-    }
-    let wanted = builder.build().map_err(|conflict| Error::new(400, conflict.to_string()))?;
+    let wanted = read_list(body, &mut room)?;
     let deadline = Instant::now() + BACKEND_BUDGET;
-    let result = node.wireguard.asked_by(&request.caller).sync_peers(wanted, dry_run, deadline);
-    let done = result.as_ref().unwrap_or_else(|error| &error.done);
-    if !dry_run && (result.is_ok() || *done != Synced::default()) {
-        info!(
-            target: AUDIT,
-            "{}: {} peers added, {} updated, {} removed, {} left as they are, asked by {}",
-            node.wireguard.device(),
-            done.added.len(),
-            done.updated.len(),
-            done.removed.len(),
-            done.unchanged,
-            request.caller
-        );
-    }
-    let synced = result?;
+    let synced = node.wireguard.sync_peers(wanted, dry_run, &request.caller, deadline)?;
     let removed: Vec<_> = synced.removed.iter().collect();
     json(&api::Synced {
         added: synced.added.iter().map(ToString::to_string).collect(),
         updated: synced.updated.iter().map(ToString::to_string).collect(),
-        removed: &removed.iter().collect::<Vec<_>>(),
+        removed: &removed,
         unchanged: synced.unchanged,
     })
 }
@@ -264,7 +227,7 @@ impl Drop for Room<'_> {
 }
 
 /// Reads a peer list; 503 where others take all the room there is.
-fn read_list(body: &mut dyn Read, room: &mut Room) -> Result<Vec<api::WantedPeer>, Error> {
+fn read_list(body: &mut dyn Read, room: &mut Room) -> Result<Vec<WantedPeer>, Error> {
     let (mut text, mut piece) = (Vec::new(), vec![0; 64 * 1024]);
     loop {
         match body.read(&mut piece).map_err(unreadable)? {

@@ -217,10 +217,11 @@ fn wireguard_devices() {
     let checked = installation.plain(&["-wg-device", "vd-none"]);
     checked.names(PROBLEM, "vd-none does not exist", "ip link add vd-none type wireguard");
     let checked = installation.plain(&["-wg-device", "lo"]);
-    checked.names(PROBLEM, "lo exists and is no WireGuard device", "WG_DEVICE=NAME");
+    checked.names(PROBLEM, "lo is not a WireGuard device", "-wg-device");
     let stale = Device::stale();
     let checked = installation.plain(&["-wg-device", &stale.name]);
-    checked.names(PROBLEM, "no process listens on it", &format!("rm {}", stale.socket.display()));
+    let seen = format!("{} has no process behind it", stale.socket.display());
+    checked.names(PROBLEM, &seen, "remove the file");
     let closed = Device::new();
     fs::set_permissions(&closed.socket, fs::Permissions::from_mode(0o700)).unwrap();
     let checked = installation.check(&NOBODY, &[], &["-wg-device", &closed.name]);

@@ -11,6 +11,8 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use common::{Answer, Daemon, PATIENCE};
 
 const JSON: &str = "Content-Type: application/json";
@@ -71,7 +73,7 @@ fn longest(item: impl Fn(u32) -> String) -> String {
 fn key(number: u32) -> String {
     let mut bytes = [0; 32];
     bytes[..4].copy_from_slice(&number.to_le_bytes());
-    vpn_daemon::wireguard::PublicKey::from(bytes).to_string()
+    STANDARD.encode(bytes)
 }
 
 #[test]
@@ -98,7 +100,8 @@ fn the_longest_bodies_cost_less_than_four_times_their_length() {
         let daemon = Daemon::start(&[]);
         let before = daemon.status("VmRSS");
         let answer = post(&daemon, "", body);
-        assert!([400, 502].contains(&answer.status), "{answer:?}");
+        // A build for tests may take longer than a call may.
+        assert!([400, 502, 504].contains(&answer.status), "{answer:?}");
         assert!(answer.body.len() < 1000);
         let cost = daemon.status("VmHWM") - before;
         assert!(cost < 4 * 32 * 1024, "body {number}: {cost} KiB");
@@ -186,14 +189,14 @@ fn a_hundred_thousand_peers_are_listed_in_bounded_memory() {
     let synced = (0..30).map(|_| post(&daemon, "", &body)).find(|answer| answer.status == 200);
     assert_eq!(synced.unwrap().body, nothing);
     let peak = daemon.status("VmHWM");
-    assert!(peak < 150 * 1024, "at the peak {peak} KiB");
+    assert!(peak < 100 * 1024, "at the peak {peak} KiB");
     // The answer is freed after it is sent.
     let mut idle = daemon.status("VmRSS");
     let end = Instant::now() + PATIENCE;
-    while idle >= 20 * 1024 && Instant::now() < end {
+    while idle >= 25 * 1024 && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(50));
         idle = daemon.status("VmRSS");
     }
     println!("{PEERS} peers: {peak} KiB at the peak, {idle} KiB afterwards");
-    assert!(idle < 20 * 1024, "afterwards {idle} KiB");
+    assert!(idle < 25 * 1024, "afterwards {idle} KiB");
 }

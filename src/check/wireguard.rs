@@ -1,11 +1,10 @@
 //! The WireGuard device: kernel or user space, its peers, and whether it is up.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use super::Entry;
-use crate::wireguard::{DeviceName, Error, WireGuard};
+use crate::wireguard::{DeviceName, WireGuard};
 
 /// For the whole list of peers.
 const TIME: Duration = Duration::from_secs(5);
@@ -27,7 +26,11 @@ pub(super) fn look(device: &DeviceName) -> Vec<Entry> {
             }
             entries
         }
-        Err(error) => vec![problem(device, &error)],
+        Err(failure) => {
+            let sentence = failure.sentence;
+            let (seen, remedy) = sentence.split_once(": ").unwrap_or((&sentence, "see its log"));
+            vec![Entry::problem(SUBJECT, seen, remedy)]
+        }
     }
 }
 
@@ -35,50 +38,6 @@ pub(super) fn look(device: &DeviceName) -> Vec<Entry> {
 fn is_up(flags: &str) -> bool {
     let digits = flags.trim().trim_start_matches("0x");
     u32::from_str_radix(digits, 16).is_ok_and(|flags| flags & 1 == 1)
-}
-
-fn problem(device: &DeviceName, error: &Error) -> Entry {
-    let (seen, remedy) = match error {
-        Error::NoDevice(_) => (
-            format!("{device} does not exist"),
-            format!(
-                "ip link add {device} type wireguard (or wg-quick up {device}, wireguard-go \
-                 {device}), or {}",
-                super::setting("WG_DEVICE", "NAME")
-            ),
-        ),
-        Error::NoPermission(_) => (
-            format!("{device} may not be read: CAP_NET_ADMIN is missing"),
-            "AmbientCapabilities=CAP_NET_ADMIN in the unit; for this check, run it as root"
-                .to_owned(),
-        ),
-        Error::NotWireGuard(_) => (
-            format!("{device} exists and is no WireGuard device"),
-            super::setting("WG_DEVICE", "NAME"),
-        ),
-        Error::Socket(path, error) if error.kind() == ErrorKind::ConnectionRefused => (
-            format!("{device} has a stale socket, {}: no process listens on it", path.display()),
-            format!("start its program: wireguard-go {device}, or: rm {}", path.display()),
-        ),
-        Error::Socket(path, error) if error.kind() == ErrorKind::PermissionDenied => (
-            format!("{device} may not be used: no access to {}", path.display()),
-            format!(
-                "give the daemon's group read and write on the socket and its directory (chgrp, \
-                 chmod g+rwx), or run the daemon as root: {}",
-                path.display()
-            ),
-        ),
-        Error::SocketTimeout(path) => (
-            format!("{device} does not answer on {}", path.display()),
-            "start its program again".to_owned(),
-        ),
-        Error::Timeout(_) => (
-            format!("{device} does not answer within {} s", TIME.as_secs()),
-            format!("wg show {device}; journalctl -k"),
-        ),
-        other => (other.to_string(), format!("wg show {device}")),
-    };
-    Entry::problem(SUBJECT, seen, remedy)
 }
 
 #[cfg(test)]

@@ -1,212 +1,134 @@
 //! Bringing a device to a wanted list of peers: the list, and its difference from what is there.
 
-use std::fmt;
+use std::collections::{HashMap, HashSet};
 
-use super::{AllowedIp, Change, Peers, PublicKey};
+use super::{AllowedIp, Peer, PublicKey, sorted};
+use crate::agent::{Failure, FailureKind};
 
-/// The peers that a device is to have: each key once, each allowed IP at one peer.
-#[derive(Debug, Default)]
-pub struct Wanted {
-    keys: Vec<PublicKey>,
-    /// Where the allowed IPs of each peer end; they begin where those of the peer before end.
-    ends: Vec<usize>,
-    /// Sorted within a peer, each once.
-    allowed_ips: Vec<AllowedIp>,
-    /// Places in `keys`, in order of the key.
-    by_key: Vec<usize>,
-}
+/// The removals in one batch. For each the kernel waits until no CPU uses the peer any more, up to
+/// some milliseconds, and holds the lock of all network configuration from the first to the last.
+const BATCH_REMOVALS: usize = 16;
 
-/// A [`Wanted`] that is being made, some 60 bytes a peer and 18 an allowed IP.
-#[derive(Debug, Default)]
-pub struct WantedBuilder(Wanted);
-
-/// Why a list is not to be had.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Conflict {
-    /// Two peers have this key.
-    Key(PublicKey),
-    /// Two peers, of these keys, have this allowed IP.
-    AllowedIp(AllowedIp, PublicKey, PublicKey),
-}
-
-impl fmt::Display for Conflict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Key(key) => write!(f, "the peer {key} is listed twice"),
-            Self::AllowedIp(ip, first, second) => {
-                write!(f, "the allowed IP {ip} is given to two peers, {first} and {second}")
-            }
-        }
-    }
-}
-impl std::error::Error for Conflict {}
-
-impl WantedBuilder {
-    /// An allowed IP of the peer that [`WantedBuilder::peer`] is going to name.
-    pub fn allowed_ip(&mut self, allowed_ip: AllowedIp) {
-        self.0.allowed_ips.push(allowed_ip);
-    }
-
-    /// The peer that has the allowed IPs since the last one. One that is repeated counts once.
-    pub fn peer(&mut self, key: PublicKey) {
-        let Wanted { keys, ends, allowed_ips, .. } = &mut self.0;
-        let start = ends.last().copied().unwrap_or(0);
-        if let Some(own) = allowed_ips.get_mut(start..) {
-            own.sort_unstable();
-        }
-        // Close the gaps, without a second copy of what may be the whole list.
-        let mut end = start;
-        for place in start..allowed_ips.len() {
-            if place == start || allowed_ips.get(place) != allowed_ips.get(end - 1) {
-                allowed_ips.swap(end, place);
-                end += 1;
-            }
-        }
-        allowed_ips.truncate(end);
-        keys.push(key);
-        ends.push(end);
-    }
-
-    /// The list, where nothing in it contradicts itself.
-    pub fn build(self) -> Result<Wanted, Conflict> {
-        let mut wanted = self.0;
-        let keys = &wanted.keys;
-        let mut by_key: Vec<usize> = (0..keys.len()).collect();
-        by_key.sort_unstable_by_key(|&place| keys.get(place));
-        for (one, two) in by_key.iter().zip(by_key.iter().skip(1)) {
-            if let (Some(one), Some(two)) = (keys.get(*one), keys.get(*two))
-                && one == two
-            {
-                return Err(Conflict::Key(*one));
-            }
-        }
-        wanted.by_key = by_key;
-
-        let ips = &wanted.allowed_ips;
-        let mut by_ip: Vec<usize> = (0..ips.len()).collect();
-        by_ip.sort_unstable_by_key(|&place| ips.get(place));
-        let owner =
-            |place: usize| keys.get(wanted.ends.partition_point(|end| *end <= place)).copied();
-        for (&one, &two) in by_ip.iter().zip(by_ip.iter().skip(1)) {
-            if ips.get(one) == ips.get(two)
-                && let (Some(ip), Some(first), Some(second)) =
-                    (ips.get(one), owner(one.min(two)), owner(one.max(two)))
-            {
-                return Err(Conflict::AllowedIp(*ip, first, second));
-            }
-        }
-        Ok(wanted)
-    }
-}
-
-impl Wanted {
-    /// Whether the list has a peer of this key.
-    pub fn contains(&self, key: &PublicKey) -> bool {
-        self.find(key).is_some()
-    }
-
-    fn find(&self, key: &PublicKey) -> Option<usize> {
-        let found = self.by_key.binary_search_by_key(&Some(key), |&place| self.keys.get(place));
-        found.ok().and_then(|order| self.by_key.get(order)).copied()
-    }
-
-    fn get(&self, place: usize) -> Option<(&PublicKey, &[AllowedIp])> {
-        let start = place.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied());
-        let allowed_ips = self.allowed_ips.get(start?..*self.ends.get(place)?)?;
-        Some((self.keys.get(place)?, allowed_ips))
-    }
-}
-
-/// What a device lacks of a [`Wanted`]: places in the list of its peers and in the wanted list.
-#[derive(Default, PartialEq, Eq, Debug)]
-pub(super) struct Difference {
-    removed: Vec<usize>,
-    updated: Vec<usize>,
-    added: Vec<usize>,
-    unchanged: usize,
+/// A peer that the device is to have.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WantedPeer {
+    /// Who the peer is.
+    pub public_key: PublicKey,
+    /// What it shall have, no more and no less.
+    pub allowed_ips: Vec<AllowedIp>,
 }
 
 /// What a synchronisation did, or would do.
-#[derive(Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Synced {
     /// New peers, in the order of the list.
     pub added: Vec<PublicKey>,
     /// Peers whose allowed IPs were replaced, in the order of the list.
     pub updated: Vec<PublicKey>,
     /// Peers that are gone, with their final counters, in the device's order.
-    pub removed: Peers,
+    pub removed: Vec<Peer>,
     /// How many peers were right already.
     pub unchanged: usize,
 }
 
-impl Difference {
-    /// Compares what is there with what is wanted.
-    pub(super) fn new(present: &Peers, wanted: &Wanted) -> Self {
-        let mut difference = Self::default();
-        let mut seen = vec![false; wanted.keys.len()];
-        let mut sorted = Vec::new();
-        for (place, peer) in present.iter().enumerate() {
-            let Some(found) = wanted.find(&peer.public_key) else {
-                difference.removed.push(place);
-                continue;
-            };
-            if let Some(seen) = seen.get_mut(found) {
-                *seen = true;
-            }
-            sorted.clear();
-            sorted.extend_from_slice(&peer.allowed_ips);
-            sorted.sort_unstable();
-            sorted.dedup();
-            match wanted.get(found) {
-                Some((_, allowed_ips)) if allowed_ips == sorted => difference.unchanged += 1,
-                _ => difference.updated.push(found),
+/// A change to a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Change<'a> {
+    /// The peer is there and has exactly these allowed IPs.
+    Set(PublicKey, &'a [AllowedIp]),
+    /// The peer is not there.
+    Remove(PublicKey),
+}
+
+/// Refuses a list with a key twice, or with one allowed IP at two peers. Each peer's allowed IPs come
+/// out sorted, and each once.
+pub(super) fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
+    let invalid = |sentence| Err(Failure::new(FailureKind::Invalid, sentence));
+    let (mut keys, mut owners) = (HashSet::new(), HashMap::new());
+    for WantedPeer { public_key, allowed_ips } in wanted {
+        if !keys.insert(*public_key) {
+            return invalid(format!("the peer {public_key} is listed twice"));
+        }
+        allowed_ips.sort_unstable();
+        allowed_ips.dedup();
+        for ip in allowed_ips {
+            if let Some(owner) = owners.insert(*ip, *public_key) {
+                return invalid(format!(
+                    "the allowed IP {ip} is given to two peers, {owner} and {public_key}"
+                ));
             }
         }
-        difference.updated.sort_unstable();
-        let unseen = seen.iter().enumerate().filter(|(_, seen)| !**seen);
-        difference.added = unseen.map(|(place, _)| place).collect();
-        difference
     }
+    Ok(())
+}
 
-    /// The changes that make the difference good.
-    ///
-    /// Removals come first, so that what they free can be given away. Further order does not matter:
-    /// no two wanted peers have an allowed IP in common, so that a peer that is set takes an allowed
-    /// IP only from one that is not to have it. Such a one differs from what is wanted and is set
-    /// itself, unless losing that allowed IP made it right. So the changes may also be cut anywhere
-    /// and the rest be found by comparing again.
-    pub(super) fn changes<'a>(&self, present: &'a Peers, wanted: &'a Wanted) -> Vec<Change<'a>> {
-        let removed = self.removed.iter().filter_map(|place| present.key(*place));
-        let removed = removed.map(Change::Remove);
-        let set = self.updated.iter().chain(&self.added).filter_map(|place| wanted.get(*place));
-        removed.chain(set.map(|(key, allowed_ips)| Change::Set(key, allowed_ips))).collect()
-    }
-
-    /// Forgets all but the first changes.
-    pub(super) fn truncate(&mut self, mut changes: usize) {
-        for places in [&mut self.removed, &mut self.updated, &mut self.added] {
-            places.truncate(changes);
-            changes -= places.len();
+/// Compares what is there with what is wanted, and gives the changes that make the difference good.
+///
+/// Removals come first, so that what they free can be given away. Further order does not matter: no
+/// two wanted peers have an allowed IP in common, so that a peer that is set takes an allowed IP only
+/// from one that is not to have it. Such a one differs from what is wanted and is set itself, unless
+/// losing that allowed IP made it right. So the changes may also be cut anywhere and the rest be found
+/// by comparing again.
+pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, Vec<Change<'a>>) {
+    let mut left: HashMap<_, _> = present.iter().map(|peer| (peer.public_key, peer)).collect();
+    let mut synced = Synced::default();
+    let (mut updates, mut additions) = (Vec::new(), Vec::new());
+    for WantedPeer { public_key, allowed_ips } in wanted {
+        let set = Change::Set(*public_key, allowed_ips);
+        match left.remove(public_key) {
+            Some(peer) if sorted(&peer.allowed_ips) == *allowed_ips => synced.unchanged += 1,
+            Some(_) => {
+                synced.updated.push(*public_key);
+                updates.push(set);
+            }
+            None => {
+                synced.added.push(*public_key);
+                additions.push(set);
+            }
         }
     }
+    let removed = present.iter().filter(|peer| left.contains_key(&peer.public_key));
+    synced.removed = removed.cloned().collect();
+    let mut changes: Vec<_> =
+        synced.removed.iter().map(|peer| Change::Remove(peer.public_key)).collect();
+    changes.append(&mut updates);
+    changes.append(&mut additions);
+    (synced, changes)
+}
 
-    /// The same in words, with the peers themselves.
-    pub(super) fn into_synced(self, present: &Peers, wanted: &Wanted) -> Synced {
-        let keys = |places: Vec<usize>| {
-            places.into_iter().filter_map(|place| wanted.keys.get(place).copied()).collect()
+impl Synced {
+    /// How many peers were removed, updated and added by the first `changes` of its changes.
+    pub(super) fn counts(&self, changes: usize) -> [usize; 3] {
+        let removed = changes.min(self.removed.len());
+        let updated = (changes - removed).min(self.updated.len());
+        [removed, updated, changes - removed - updated]
+    }
+}
+
+/// Cuts the changes into batches of at most so many peers and allowed IPs; a peer that has more stands
+/// alone.
+pub(super) fn batches<'b, 'a>(
+    mut changes: &'b [Change<'a>],
+    items: usize,
+) -> impl Iterator<Item = &'b [Change<'a>]> {
+    std::iter::from_fn(move || {
+        let (mut sum, mut removals) = (0, 0);
+        let fits = |change: &&Change| {
+            match change {
+                Change::Remove(_) => (sum, removals) = (sum + 1, removals + 1),
+                Change::Set(_, allowed_ips) => sum += 1 + allowed_ips.len(),
+            }
+            sum <= items && removals <= BATCH_REMOVALS
         };
-        Synced {
-            added: keys(self.added),
-            updated: keys(self.updated),
-            removed: self.removed.iter().filter_map(|place| present.get(*place)).collect(),
-            unchanged: self.unchanged,
-        }
-    }
+        let count = changes.iter().take_while(fits).count().max(1);
+        let (batch, behind) = changes.split_at_checked(count)?;
+        changes = behind;
+        Some(batch)
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Peer;
     use super::*;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -218,60 +140,45 @@ mod tests {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
-    fn wanted(peers: &[(u8, &[&str])]) -> Result<Wanted, Conflict> {
-        let mut builder = WantedBuilder::default();
-        for (number, texts) in peers {
-            ips(texts).into_iter().for_each(|ip| builder.allowed_ip(ip));
-            builder.peer(key(*number));
-        }
-        builder.build()
+    fn wanted(peers: &[(u8, &[&str])]) -> Result<Vec<WantedPeer>, Failure> {
+        let peer = |&(number, texts): &(u8, &[&str])| WantedPeer {
+            public_key: key(number),
+            allowed_ips: ips(texts),
+        };
+        let mut wanted: Vec<_> = peers.iter().map(peer).collect();
+        check(&mut wanted)?;
+        Ok(wanted)
     }
 
-    fn peer(public_key: PublicKey, allowed_ips: Vec<AllowedIp>) -> Peer<'static> {
-        let allowed_ips = allowed_ips.into();
+    fn peer(public_key: PublicKey, allowed_ips: Vec<AllowedIp>) -> Peer {
         Peer { public_key, allowed_ips, last_handshake: None, rx_bytes: 0, tx_bytes: 0 }
     }
 
     #[test]
     fn lists() {
-        let list = wanted(&[
-            (3, &["10.0.0.3/32", "10.0.0.1/32", "10.0.0.3/32", "10.0.0.9/24", "10.0.0.0/24"]),
-            (1, &[]),
-            (2, &["fd00::2/128"]),
-        ]);
-        let list = list.unwrap();
-        assert_eq!(
-            list.get(0),
-            Some((&key(3), &ips(&["10.0.0.0/24", "10.0.0.1/32", "10.0.0.3/32"])[..]))
-        );
-        assert_eq!(list.get(1), Some((&key(1), &[][..])));
-        assert_eq!(list.get(2), Some((&key(2), &ips(&["fd00::2/128"])[..])));
-        assert_eq!(list.get(3), None);
-        assert_eq!([1, 2, 3, 4].map(|n| list.find(&key(n))), [Some(1), Some(2), Some(0), None]);
-    }
-
-    #[test]
-    fn conflicts() {
-        let twice = wanted(&[(1, &[]), (2, &[]), (1, &["10.0.0.1/32"])]);
-        assert_eq!(twice.unwrap_err(), Conflict::Key(key(1)));
-        let ip = "10.0.0.0/24".parse().unwrap();
-        let shared = wanted(&[(1, &[]), (9, &["10.0.0.1/24"]), (3, &["::/0", "10.0.0.2/24"])]);
-        assert_eq!(shared.unwrap_err(), Conflict::AllowedIp(ip, key(9), key(3)));
+        let texts = ["10.0.0.3/32", "10.0.0.1/32", "10.0.0.3/32", "10.0.0.9/24", "10.0.0.0/24"];
+        let list = wanted(&[(3, &texts), (1, &[])]).unwrap();
+        assert_eq!(list[0].allowed_ips, ips(&["10.0.0.0/24", "10.0.0.1/32", "10.0.0.3/32"]));
         // Another length or another family is another allowed IP.
         let near = [(1, &["10.0.0.0/24"][..]), (2, &["10.0.0.0/25"]), (3, &["::10.0.0.0/120"])];
         assert!(wanted(&near).is_ok());
+        let twice = wanted(&[(1, &[]), (2, &[]), (1, &["10.0.0.1/32"])]).unwrap_err();
+        assert!(twice.sentence.contains(&key(1).to_string()), "{twice}");
+        let shared = [(1, &[][..]), (9, &["10.0.0.1/24"]), (3, &["::/0", "10.0.0.2/24"])];
+        let shared = wanted(&shared).unwrap_err();
+        for part in ["10.0.0.0/24".to_owned(), key(9).to_string(), key(3).to_string()] {
+            assert!(shared.kind == FailureKind::Invalid && shared.sentence.contains(&part));
+        }
     }
 
     #[test]
-    fn differences() {
-        let present: Peers = [
+    fn plans() {
+        let present = [
             peer(key(1), ips(&["10.0.0.2/32", "10.0.0.1/32"])),
             peer(key(2), ips(&["10.0.1.1/32"])),
             peer(key(3), ips(&["10.0.2.1/32"])),
             peer(key(4), ips(&[])),
-        ]
-        .into_iter()
-        .collect();
+        ];
         let wanted = wanted(&[
             (5, &["10.0.2.1/32"]),
             (4, &[]),
@@ -279,22 +186,29 @@ mod tests {
             (1, &["10.0.0.1/32", "10.0.0.2/32"]),
         ]);
         let wanted = wanted.unwrap();
-        let difference = Difference::new(&present, &wanted);
-        let changes = difference.changes(&present, &wanted);
-        assert!(matches!(
-            changes[..],
-            [Change::Remove(one), Change::Set(two, _), Change::Set(three, _)]
-                if [*one, *two, *three] == [key(3), key(2), key(5)]
-        ));
-        let expected = Synced {
-            added: vec![key(5)],
-            updated: vec![key(2)],
-            removed: present.get(2).into_iter().collect(),
-            unchanged: 2,
-        };
-        assert_eq!(difference.into_synced(&present, &wanted), expected);
-        let nothing = Difference::new(&Peers::default(), &Wanted::default());
-        assert_eq!(nothing, Difference::default());
+        let (synced, changes) = plan(&present, &wanted);
+        let set = |place: usize| Change::Set(wanted[place].public_key, &wanted[place].allowed_ips);
+        assert_eq!(changes, [Change::Remove(key(3)), set(2), set(0)]);
+        let removed = vec![present[2].clone()];
+        let (added, updated) = (vec![key(5)], vec![key(2)]);
+        assert_eq!(synced, Synced { added, updated, removed, unchanged: 2 });
+        let counts = [0, 1, 2, 3].map(|changes| synced.counts(changes));
+        assert_eq!(counts, [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]);
+        assert_eq!(plan(&[], &[]), (Synced::default(), vec![]));
+    }
+
+    #[test]
+    fn batches_stay_small() {
+        let many = ips(&["::/0"; 300]);
+        for (changes, sizes) in [
+            (vec![], vec![]),
+            (vec![Change::Remove(key(1)); 40], vec![16, 16, 8]),
+            (vec![Change::Set(key(1), &[]); 250], vec![100, 100, 50]),
+            (vec![Change::Set(key(1), &many[..49]); 5], vec![2, 2, 1]),
+            (vec![Change::Set(key(1), &many), Change::Set(key(2), &many[..1])], vec![1, 1]),
+        ] {
+            assert!(batches(&changes, 100).map(<[_]>::len).eq(sizes));
+        }
     }
 
     /// A device as the kernel sees it: an allowed IP belongs to the last peer that it was given to.
@@ -302,17 +216,17 @@ mod tests {
 
     fn apply(model: &mut Model, change: &Change) {
         match *change {
-            Change::Remove(key) => drop(model.remove(key)),
+            Change::Remove(key) => drop(model.remove(&key)),
             Change::Set(key, allowed_ips) => {
                 for set in model.values_mut() {
                     set.retain(|ip| !allowed_ips.contains(ip));
                 }
-                model.insert(*key, allowed_ips.iter().copied().collect());
+                model.insert(key, allowed_ips.iter().copied().collect());
             }
         }
     }
 
-    fn peers(model: &Model) -> Peers {
+    fn peers(model: &Model) -> Vec<Peer> {
         model.iter().map(|(key, ips)| peer(*key, ips.iter().copied().collect())).collect()
     }
 
@@ -350,21 +264,17 @@ mod tests {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         for round in 0..2000 {
             let (before, after) = (random.model(), random.model());
-            let mut builder = WantedBuilder::default();
-            for (key, allowed_ips) in after.iter().rev() {
-                allowed_ips.iter().rev().for_each(|ip| builder.allowed_ip(*ip));
-                builder.peer(*key);
-            }
-            let wanted = builder.build().unwrap();
-            let present = peers(&before);
-            let difference = Difference::new(&present, &wanted);
-            let changes = difference.changes(&present, &wanted);
+            let peer = |peer: Peer| WantedPeer {
+                public_key: peer.public_key,
+                allowed_ips: peer.allowed_ips,
+            };
+            let mut wanted: Vec<_> = peers(&after).into_iter().rev().map(peer).collect();
+            check(&mut wanted).unwrap();
+            let (_, changes) = plan(&peers(&before), &wanted);
             for cut in 0..=changes.len() {
                 let mut model = before.clone();
                 changes[..cut].iter().for_each(|change| apply(&mut model, change));
-                let present = peers(&model);
-                let rest = Difference::new(&present, &wanted);
-                let rest = rest.changes(&present, &wanted);
+                let (_, rest) = plan(&peers(&model), &wanted);
                 assert!(rest.len() <= changes.len() - cut, "round {round}, cut {cut}: more to do");
                 rest.iter().for_each(|change| apply(&mut model, change));
                 assert_eq!(model, after, "round {round}, cut {cut}");

@@ -1,12 +1,12 @@
-//! What the WireGuard backends speak of: device names, keys, allowed IPs and peers, checked once at the edge.
+//! What the WireGuard backends speak of: device names, keys, allowed IPs and peers, checked at the edge.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::time::SystemTime;
 
 use base64::Engine as _;
+use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
 
 /// The name of a network interface, e.g. `wg0`: 1 to 15 bytes, no `/`, no white space.
@@ -27,30 +27,23 @@ impl Default for DeviceName {
 /// An allowed IP of a peer: a network address and its prefix length, host bits cleared.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct AllowedIp {
-    address: IpAddr,
-    prefix_len: u8,
+    pub(super) address: IpAddr,
+    pub(super) prefix_len: u8,
 }
 
 /// A peer as the device knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Peer<'a> {
+pub struct Peer {
     /// Who the peer is.
     pub public_key: PublicKey,
     /// What it may send and is sent.
-    pub allowed_ips: Cow<'a, [AllowedIp]>,
+    pub allowed_ips: Vec<AllowedIp>,
     /// When the last handshake was; `None` for a peer never seen.
     pub last_handshake: Option<SystemTime>,
     /// Bytes received from the peer.
     pub rx_bytes: u64,
     /// Bytes sent to the peer.
     pub tx_bytes: u64,
-}
-
-impl Peer<'_> {
-    /// The same, out of the list that it comes from.
-    pub fn into_owned(self) -> Peer<'static> {
-        Peer { allowed_ips: self.allowed_ips.into_owned().into(), ..self }
-    }
 }
 
 /// Why text is no public key, allowed IP or device name: completes a sentence that begins with
@@ -106,21 +99,15 @@ impl FromStr for PublicKey {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
         // `STANDARD` demands the padding and refuses stray bits before it.
-        let mut bytes = [0; 33]; // what 44 characters may hold
-        let length = (text.len() == 44).then(|| STANDARD.decode_slice(text, &mut bytes).ok());
-        (length == Some(Some(32)))
-            .then(|| bytes.first_chunk().copied())
-            .flatten()
+        let bytes = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+        bytes
             .map(Self)
             .ok_or(ParseError("must be 32 bytes in base64 (44 characters, the last one `=`)"))
     }
 }
 impl fmt::Display for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = [0; 44];
-        let length = STANDARD.encode_slice(self.0, &mut text).map_err(|_| fmt::Error)?;
-        let text = text.get(..length).and_then(|text| std::str::from_utf8(text).ok());
-        f.write_str(text.ok_or(fmt::Error)?)
+        fmt::Display::fmt(&Base64Display::new(&self.0, &STANDARD), f)
     }
 }
 impl fmt::Debug for PublicKey {
@@ -145,14 +132,6 @@ impl AllowedIp {
             }
         };
         Some(Self { address, prefix_len })
-    }
-    /// The network address.
-    pub fn address(&self) -> &IpAddr {
-        &self.address
-    }
-    /// Length of the network prefix in bits.
-    pub fn prefix_len(&self) -> u8 {
-        self.prefix_len
     }
 }
 impl FromStr for AllowedIp {

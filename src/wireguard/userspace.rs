@@ -1,44 +1,60 @@
 //! A WireGuard device in user space (wireguard-go, boringtun), over its Unix socket.
 //!
-//! The text protocol is that of <https://www.wireguard.com/xplatform/>.
+//! The text protocol is that of <https://www.wireguard.com/xplatform/>. The crate prints the requests
+//! and parses the answers; the socket, its deadline and what the crate cannot take are ours.
 
-use std::collections::{HashMap, HashSet};
-use std::io::{self, BufReader, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream;
+use std::collections::HashSet;
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
-use memchr::{memmem, memrchr};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
-};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 use wireguard_uapi::get;
-use wireguard_uapi::xplatform::parser::ParseGetResponseError;
+use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
 use wireguard_uapi::xplatform::set;
 
-use super::reply::{parse_device, parse_settings, parse_status};
-use super::{Backend, Change, DeviceName, Error, PublicKey, Snapshot};
-
-/// The peers in one request: so many that the process answers well before the deadline.
-const REQUEST_PEERS: usize = 1000;
-
-/// What the addition of a peer may take that was removed just before, past the deadline if need be.
-const ADDITION: Duration = Duration::from_millis(500);
+use super::sync::batches;
+use super::{AllowedIp, Backend, Change, DeviceName, Peer, PublicKey, Snapshot};
+use crate::agent::{Failure, FailureKind};
+use crate::lock;
+use crate::unix::Stream;
 
 /// The bytes of a request that are written at a time: the kernel takes so many whole or not at all
 /// (`unix_stream_sendmsg`).
 const PIECE: usize = 32 * 1024;
 
+/// The allowed IPs and peers in one request: so many that it is one piece. An allowed IP takes at most
+/// 57 bytes, a peer without any 102.
+const REQUEST_ITEMS: usize = 250;
+
+/// What may be taken past the deadline to finish what has begun.
+const OVERTIME: Duration = Duration::from_millis(500);
+
+/// The longest answer that is read. A peer takes some 400 bytes.
+const REPLY_LIMIT: u64 = 64 << 20;
+
 /// The process behind the device's socket, until the deadline.
 pub(super) struct Userspace<'a> {
-    device: &'a DeviceName,
-    path: PathBuf,
-    deadline: Instant,
+    pub(super) device: &'a DeviceName,
+    /// Where it listens.
+    pub(super) path: PathBuf,
+    /// Why it is not the kernel that has the device.
+    pub(super) kernel: Errno,
+    pub(super) known: &'a Known,
+    pub(super) deadline: Instant,
 }
+
+/// Whether the process changes peers that exist, and the socket for which that was found out: another
+/// process makes another.
+#[derive(Default)]
+pub(super) struct Known(Mutex<Option<(Socket, bool)>>);
+
+/// Number and time of the socket's file.
+type Socket = (u64, i64, i64);
 
 /// Where the process of a device listens.
 pub(super) fn socket_path(device: &DeviceName) -> PathBuf {
@@ -46,459 +62,547 @@ pub(super) fn socket_path(device: &DeviceName) -> PathBuf {
 }
 
 impl Backend for Userspace<'_> {
-    fn device(&self) -> &DeviceName {
-        self.device
+    fn snapshot(&self) -> Result<Snapshot, Failure> {
+        let stream = self.send("get=1\n\n", self.deadline)?;
+        parse_device(stream, SystemTime::now()).map_err(|error| self.parse_failure(error))
     }
 
-    fn snapshot(&self) -> Result<Snapshot, Error> {
-        let reader = self.exchange("get=1\n\n")?;
-        parse_device(reader, SystemTime::now()).map_err(|error| self.parse_error(error))
+    fn add(&self, key: PublicKey, allowed_ips: &[AllowedIp]) -> Result<(), Failure> {
+        if self.changes_peers()? {
+            return self.change(Vec::new(), vec![addition(key, allowed_ips)]);
+        }
+        let before = self.snapshot()?;
+        super::refuse_own_key(self.device, before.own_key, &key)?;
+        let present = before.peers.iter().find(|peer| peer.public_key == key);
+        if present
+            .is_some_and(|peer| super::sorted(&peer.allowed_ips) == super::sorted(allowed_ips))
+        {
+            return Ok(());
+        }
+        self.apply(&[Change::Set(key, allowed_ips)], &before.peers, &mut |_| ())
     }
 
     fn apply(
         &self,
         changes: &[Change],
-        before: Option<&Snapshot>,
-        applied: &AtomicUsize,
-    ) -> Result<(), Error> {
-        if changes.is_empty() {
-            return Ok(());
-        }
-        let fresh = before.is_none().then(|| self.snapshot()).transpose()?;
-        let Some(before) = before.or(fresh.as_ref()) else { return Ok(()) };
-        let is_boringtun = before.own_key.is_some();
-        let present = before.peers.iter().map(|peer| (peer.public_key, peer.allowed_ips));
-        let present: HashMap<_, _> = present.collect();
-        let mut added = false;
-        for change in changes {
-            match *change {
-                Change::Set(key, _) if Some(*key) == before.own_key => {
-                    return Err(Error::OwnKey(self.device.clone(), *key));
-                }
-                Change::Set(key, _) => added |= !present.contains_key(key),
-                Change::Remove(_) => {}
-            }
-        }
-        // boringtun panics when a peer that exists is changed.
-        let replaced = |change: &Change| match *change {
-            Change::Set(key, wanted) if is_boringtun => {
-                present.get(key).is_some_and(|now| !same_set(now, wanted))
-            }
-            _ => false,
+        present: &[Peer],
+        applied: &mut dyn FnMut(usize),
+    ) -> Result<(), Failure> {
+        // boringtun panics when a peer that exists is changed: those are removed and added.
+        let replaced: HashSet<_> = match changes.is_empty() || self.changes_peers()? {
+            true => HashSet::new(),
+            false => present.iter().map(|peer| peer.public_key).collect(),
         };
-        let settings = match changes.iter().any(replaced) {
-            true => self.settings()?,
-            false => HashMap::new(),
-        };
-        for batch in changes.chunks(REQUEST_PEERS) {
-            let (mut removed, mut set) = (Vec::new(), Vec::new());
+        let mut done = 0;
+        for batch in batches(changes, REQUEST_ITEMS) {
+            let (mut removed, mut added) = (Vec::new(), Vec::new());
             for change in batch {
                 match *change {
-                    Change::Remove(key) => removed.push(*key),
+                    Change::Remove(key) => removed.push(removal(key)),
                     Change::Set(key, allowed_ips) => {
-                        let allowed_ips = allowed_ips.iter().map(|ip| set::AllowedIp {
-                            ipaddr: *ip.address(),
-                            cidr_mask: ip.prefix_len(),
-                        });
-                        let peer = set::Peer::from_public_key(*key.as_bytes())
-                            .replace_allowed_ips(true)
-                            .allowed_ips(allowed_ips.collect());
-                        match settings.get(key) {
-                            Some(old) if replaced(change) => {
-                                self.replace(*key, with_settings(peer, old))?;
-                            }
-                            _ if is_boringtun && present.contains_key(key) => {}
-                            _ => set.push(peer),
-                        }
+                        removed.extend(replaced.contains(&key).then(|| removal(key)));
+                        added.push(addition(key, allowed_ips));
                     }
                 }
             }
-            self.set(removed.into_iter().map(removal).collect())?;
-            self.set(set)?;
-            applied.fetch_add(batch.len(), Ordering::Relaxed);
-        }
-        // wireguard-go silently ignores a peer with the device's own key.
-        if added && !is_boringtun {
-            let after = self.snapshot()?;
-            let listed: HashSet<_> = after.peers.iter().map(|peer| peer.public_key).collect();
-            let missing = changes.iter().find_map(|change| match change {
-                Change::Set(key, _) if !listed.contains(key) => Some(**key),
-                _ => None,
-            });
-            if let Some(key) = missing {
-                return Err(Error::NotAdded(self.device.clone(), key));
-            }
+            self.change(removed, added)?;
+            done += batch.len();
+            applied(done);
         }
         Ok(())
     }
-}
-
-/// Cuts a piece off a request. It ends where a peer does, or else where a line does: wireguard-go
-/// applies what it has got when the deadline cuts a request off, and of `allowed_ip=10.0.0.1/32` that
-/// may have been `allowed_ip=10.0.0.1/3`.
-fn split_piece(request: &[u8]) -> (&[u8], &[u8]) {
-    let Some(most) = request.get(..PIECE).filter(|most| most.len() < request.len()) else {
-        return (request, &[]);
-    };
-    let end = memmem::rfind(most, b"\npublic_key=").or_else(|| memrchr(b'\n', most));
-    request.split_at(end.map_or(PIECE, |end| end + 1))
 }
 
 fn removal(key: PublicKey) -> set::Peer {
     set::Peer::from_public_key(*key.as_bytes()).remove(true)
 }
 
-/// `peer` with what else is known of it.
-fn with_settings(peer: set::Peer, old: &get::Peer) -> set::Peer {
-    set::Peer {
-        preshared_key: Some(old.preshared_key).filter(|key| *key != [0; 32]),
-        endpoint: old.endpoint,
-        persistent_keepalive_interval: Some(old.persistent_keepalive_interval)
-            .filter(|seconds| *seconds != 0),
-        ..peer
-    }
+fn addition(key: PublicKey, allowed_ips: &[AllowedIp]) -> set::Peer {
+    let allowed_ips = allowed_ips
+        .iter()
+        .map(|ip| set::AllowedIp { ipaddr: ip.address, cidr_mask: ip.prefix_len });
+    set::Peer::from_public_key(*key.as_bytes())
+        .replace_allowed_ips(true)
+        .allowed_ips(allowed_ips.collect())
 }
 
-/// Whether both hold the same, in whatever order.
-fn same_set<T: Ord + Copy>(left: &[T], right: &[T]) -> bool {
-    let (mut left, mut right) = (left.to_vec(), right.to_vec());
-    for side in [&mut left, &mut right] {
-        side.sort_unstable();
-        side.dedup();
-    }
-    left == right
-}
-
-impl<'a> Userspace<'a> {
-    pub(super) fn new(device: &'a DeviceName, deadline: Instant) -> Self {
-        Self { device, path: socket_path(device), deadline }
-    }
-
-    /// What is known of each peer, secrets among it.
-    fn settings(&self) -> Result<HashMap<PublicKey, get::Peer>, Error> {
-        let peers = parse_settings(self.exchange("get=1\n\n")?);
-        let peers = peers.map_err(|error| self.parse_error(error))?;
-        Ok(peers.into_iter().map(|peer| (peer.public_key.into(), peer)).collect())
-    }
-
-    fn set(&self, peers: Vec<set::Peer>) -> Result<(), Error> {
-        match peers.is_empty() {
-            true => Ok(()),
-            false => self.status(self.request(peers)?),
+impl Userspace<'_> {
+    /// Removes and adds in two requests, since boringtun applies what one peer of a request has,
+    /// `remove` among it, to all that follow. It answers one after the other, so that once the removal
+    /// is on its way the addition follows, be it past the deadline: no time-out loses a peer.
+    fn change(&self, removed: Vec<set::Peer>, added: Vec<set::Peer>) -> Result<(), Failure> {
+        let (mut result, mut deadline) = (Ok(()), self.deadline);
+        if !removed.is_empty() {
+            result = self.status(self.request(removed, deadline)?);
+            if result.as_ref().is_err_and(|failure| !failure.is_timeout()) {
+                return result;
+            }
+            deadline += OVERTIME;
         }
-    }
-
-    /// Removes the peer and adds it as it shall be: two requests, since boringtun applies what one
-    /// peer of a request has, `remove` among it, to all that follow. It answers one after the other,
-    /// so that once the removal is on its way the addition follows, be it past the deadline: no
-    /// time-out loses a peer.
-    fn replace(&self, key: PublicKey, peer: set::Peer) -> Result<(), Error> {
-        let removal = self.request(vec![removal(key)])?;
-        match self.status(removal) {
-            Err(error) if !error.is_timeout() => return Err(error),
-            _ => {}
+        if !added.is_empty() {
+            result = self.status(self.request(added, deadline)?);
         }
-        let deadline = self.deadline.max(Instant::now() + ADDITION);
-        Userspace { device: self.device, path: self.path.clone(), deadline }.set(vec![peer])
+        result
     }
 
-    /// Sends the peers and gives what the answer is read from.
-    fn request(&self, peers: Vec<set::Peer>) -> Result<BufReader<Stream>, Error> {
+    fn request(&self, peers: Vec<set::Peer>, deadline: Instant) -> Result<Stream, Failure> {
         let request = set::Device { peers, ..set::Device::default() };
-        self.exchange(&format!("set=1\n{request}\n"))
+        self.send(&format!("set=1\n{request}\n"), deadline)
     }
 
-    fn status(&self, reader: BufReader<Stream>) -> Result<(), Error> {
-        parse_status(reader).map_err(|error| self.parse_error(error))
+    fn status(&self, stream: Stream) -> Result<(), Failure> {
+        parse_lines(stream).map(drop).map_err(|error| self.parse_failure(error))
     }
 
-    /// Connects, sends a request and gives what the answer is read from.
-    fn exchange(&self, request: &str) -> Result<BufReader<Stream>, Error> {
-        let stream = self.connect().map_err(|error| self.io_error(error))?;
-        let mut stream = Stream { stream, deadline: self.deadline };
+    /// Whether the process can change a peer that exists: wireguard-go can, boringtun cannot. It is
+    /// asked once, since wireguard-go makes its whole list before the first byte is sent.
+    fn changes_peers(&self) -> Result<bool, Failure> {
+        let file = fs::metadata(&self.path).map_err(|error| self.io_failure(&error))?;
+        let socket = (file.ino(), file.ctime(), file.ctime_nsec());
+        if let Some((known, changes)) = *lock(&self.known.0)
+            && known == socket
+        {
+            return Ok(changes);
+        }
+        let mut start = [0; 4];
+        let read = self.send("get=1\n\n", self.deadline)?.read_exact(&mut start);
+        read.map_err(|error| self.io_failure(&error))?;
+        // Each begins with the device's key: `private_key=` as the protocol wants it, boringtun with
+        // `own_public_key=`. A device that has none yet does not say who it is.
+        let changes = &start == b"priv";
+        if changes || &start == b"own_" {
+            *lock(&self.known.0) = Some((socket, changes));
+        }
+        Ok(changes)
+    }
+
+    /// Connects and sends a request; gives what the answer is read from. wireguard-go applies what it
+    /// has got of a request that is cut off, and of `allowed_ip=10.0.0.1/32` that may have been
+    /// `allowed_ip=10.0.0.1/3`: a request is one piece. One peer's allowed IPs may take more; those
+    /// pieces end with a line, and once the first is written they have time to follow.
+    fn send(&self, request: &str, deadline: Instant) -> Result<Stream, Failure> {
         let mut rest = request.as_bytes();
-        while !rest.is_empty() {
-            let (piece, behind) = split_piece(rest);
-            stream.write_all(piece).map_err(|error| self.io_error(error))?;
-            rest = behind;
-        }
-        Ok(BufReader::with_capacity(1 << 16, stream))
-    }
-
-    /// `UnixStream::connect` waits without limit for a process that does not accept; a send
-    /// time-out ends `connect` as well.
-    fn connect(&self) -> io::Result<UnixStream> {
-        let kind = SockType::Stream;
-        let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
-        let left = i64::try_from(time_left(self.deadline)?.as_micros()).unwrap_or(i64::MAX);
-        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::microseconds(left))?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
-        let stream = UnixStream::from(socket);
-        stream.set_nonblocking(true)?;
-        Ok(stream)
-    }
-
-    fn io_error(&self, error: io::Error) -> Error {
-        let path = self.path.clone();
-        match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::SocketTimeout(path),
-            _ => Error::Socket(path, error),
-        }
-    }
-
-    fn parse_error(&self, error: ParseGetResponseError) -> Error {
-        let path = self.path.clone();
-        match error {
-            ParseGetResponseError::ReadLineIoError(error) => match error.kind() {
-                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
-                    Error::Reply(path, error.to_string())
-                }
-                _ => self.io_error(error),
-            },
-            ParseGetResponseError::ServerError(errno) => match errno.parse::<i32>() {
-                Ok(errno) => Error::Refused(path, errno.saturating_abs()),
-                Err(_) => Error::Reply(path, "its error number is no number".to_owned()),
-            },
-            // The crate's sentence holds the key.
-            ParseGetResponseError::InvalidPresharedKey(_) => {
-                Error::Reply(path, "a preshared key is malformed".to_owned())
+        let sent = Stream::connect(&self.path, deadline).and_then(|mut stream| {
+            while !rest.is_empty() {
+                let most = rest.get(..PIECE).unwrap_or(rest);
+                let line = most.iter().rposition(|byte| *byte == b'\n');
+                let (piece, behind) = rest.split_at(line.map_or(most.len(), |end| end + 1));
+                stream.write_all(piece)?;
+                rest = behind;
+                stream.deadline = deadline + OVERTIME;
             }
-            error => Error::Reply(path, error.to_string()),
-        }
+            stream.deadline = deadline;
+            Ok(stream)
+        });
+        sent.map_err(|error| self.io_failure(&error))
+    }
+
+    fn io_failure(&self, error: &io::Error) -> Failure {
+        let Self { device, path, .. } = self;
+        let path = path.display();
+        let kind = error.kind();
+        // A userspace device, too, has a network interface of its name.
+        let exists = self.kernel != Errno::ENODEV && if_nametoindex(device.as_str()).is_ok();
+        let sentence = match (kind, self.kernel) {
+            (ErrorKind::TimedOut, _) => {
+                let sentence = format!("WireGuard socket {path} did not answer in time: try again");
+                return Failure::new(FailureKind::Timeout, sentence);
+            }
+            (ErrorKind::NotFound | ErrorKind::PermissionDenied, _) if !exists => format!(
+                "WireGuard device {device} does not exist: create it (`ip link add {device} type wireguard`, \
+                 wg-quick, wireguard-go or boringtun) or name another one with -wg-device"
+            ),
+            (ErrorKind::NotFound | ErrorKind::PermissionDenied, Errno::EPERM) => format!(
+                "WireGuard device {device} may not be managed by this process: give it the capability CAP_NET_ADMIN"
+            ),
+            (ErrorKind::NotFound, _) => format!(
+                "network interface {device} is not a WireGuard device, and {path} does not exist: \
+                 name a WireGuard device with -wg-device"
+            ),
+            (ErrorKind::PermissionDenied, _) => format!(
+                "WireGuard socket {path} may not be used by this process: \
+                 give its user access to the socket and its directory"
+            ),
+            (ErrorKind::ConnectionRefused, _) => format!(
+                "WireGuard socket {path} has no process behind it: start the device's process, or remove the file"
+            ),
+            _ => format!("WireGuard socket {path} failed: {error}"),
+        };
+        Failure::new(FailureKind::Failed, sentence)
+    }
+
+    fn parse_failure(&self, error: ParseGetResponseError) -> Failure {
+        let path = self.path.display();
+        let sentence = match error {
+            ParseGetResponseError::ReadLineIoError(error)
+                if error.kind() != ErrorKind::InvalidData =>
+            {
+                return self.io_failure(&error);
+            }
+            ParseGetResponseError::ServerError(errno) => {
+                let errno = errno.parse().map_or(0, i32::saturating_abs);
+                let reason = Errno::from_raw(errno).desc();
+                format!("WireGuard socket {path} refused the request: {reason}")
+            }
+            ParseGetResponseError::ReadLineIoError(reason) => not_wireguard(&path, &reason),
+            reason => not_wireguard(&path, &reason),
+        };
+        Failure::new(FailureKind::Failed, sentence)
     }
 }
 
-/// The socket, which never blocks, with one deadline for all that is read and written. `poll` is
-/// exact, while the kernel rounds socket time-outs of some seconds up by a quarter of a second.
-struct Stream {
-    stream: UnixStream,
-    deadline: Instant,
+fn not_wireguard(path: &impl std::fmt::Display, reason: &impl std::fmt::Display) -> String {
+    format!("WireGuard socket {path} does not speak WireGuard's protocol: {reason}")
 }
 
-fn time_left(deadline: Instant) -> io::Result<Duration> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    // A time-out below a microsecond would mean none.
-    if left < Duration::from_micros(1) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+/// Parses the answer to `get=1`. boringtun alone tells its own public key, and how long ago a
+/// handshake was where the protocol wants its time.
+fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGetResponseError> {
+    let (mut peers, is_boringtun) = parse_lines(stream)?;
+    let own_key = is_boringtun.then(|| peers.remove(0).public_key.into());
+    let peers = peers.into_iter().map(|peer| {
+        let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
+        let handshake = Some(peer.last_handshake_time).filter(|time| !time.is_zero());
+        Ok(Peer {
+            public_key: peer.public_key.into(),
+            allowed_ips: allowed_ips
+                .collect::<Option<_>>()
+                .ok_or_else(|| malformed("it has an impossible allowed IP"))?,
+            last_handshake: handshake.and_then(|time| match is_boringtun {
+                true => now.checked_sub(time),
+                false => SystemTime::UNIX_EPOCH.checked_add(time),
+            }),
+            rx_bytes: peer.rx_bytes,
+            tx_bytes: peer.tx_bytes,
+        })
+    });
+    let peers = peers.collect::<io::Result<_>>().map_err(ParseGetResponseError::ReadLineIoError)?;
+    Ok(Snapshot { own_key, peers })
 }
 
-impl Stream {
-    /// Does the operation once the socket is ready for it.
-    fn when_ready<T>(
-        &mut self,
-        event: PollFlags,
-        mut operation: impl FnMut(&mut UnixStream) -> io::Result<T>,
-    ) -> io::Result<T> {
+/// Hands an answer to the crate's parser, as it can take it: only the keys that are needed (it refuses
+/// unknown ones, and secrets stay outside), after a `listen_port` (it panics without), with the
+/// handshake times reset at each peer (it keeps those of the peer before), up to the empty line at the
+/// end. Whether it is boringtun's: then the first peer is the device's own key.
+fn parse_lines(stream: impl Read) -> Result<(Vec<get::Peer>, bool), ParseGetResponseError> {
+    let mut lines = BufReader::new(stream.take(REPLY_LIMIT)).lines();
+    let mut inserted = vec!["listen_port=0"];
+    let (mut is_boringtun, mut has_status) = (false, false);
+    let device = parse(std::iter::from_fn(|| {
+        if let Some(line) = inserted.pop() {
+            return Some(Ok(line.to_owned()));
+        }
         loop {
-            let left = time_left(self.deadline)? + Duration::from_millis(1);
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            poll(&mut [PollFd::new(self.stream.as_fd(), event)], left)?;
-            match operation(&mut self.stream) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return result,
+            let line = match lines.next() {
+                Some(Ok(line)) => line,
+                Some(Err(error)) => return Some(Err(error)),
+                None => return Some(Err(malformed("its answer ends early"))),
+            };
+            match line.split_once('=') {
+                Some(("own_public_key", key)) => {
+                    is_boringtun = true;
+                    return Some(Ok(format!("public_key={key}")));
+                }
+                Some(("public_key", _)) => {
+                    inserted = vec!["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
+                }
+                Some(("errno", _)) => has_status = true,
+                Some((
+                    "allowed_ip"
+                    | "rx_bytes"
+                    | "tx_bytes"
+                    | "last_handshake_time_sec"
+                    | "last_handshake_time_nsec",
+                    _,
+                )) => {}
+                Some(_) => continue,
+                None if !line.is_empty() => return Some(Err(malformed("a line has no value"))),
+                None if !has_status => return Some(Err(malformed("its answer has no errno"))),
+                None => {}
             }
+            return Some(Ok(line));
         }
-    }
+    }))?;
+    Ok((device.peers, is_boringtun))
 }
 
-impl Read for Stream {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.when_ready(PollFlags::POLLIN, |stream| stream.read(buffer))
-    }
-}
-impl Write for Stream {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.when_ready(PollFlags::POLLOUT, |stream| stream.write(buffer))
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+fn malformed(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, what)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::BufRead;
     use std::os::unix::net::UnixListener;
-    use std::path::Path;
-    use std::thread;
+    use std::thread::{self, JoinHandle};
 
-    use super::super::Peers;
+    const KEYS: [&str; 3] = [
+        "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
+        "58402e695ba1772b1cc9309755f043251ea77fdcf10fbe63989ceb7e19321376",
+        "662E14FD594556F522604703340351258903B64F35553763F19426AB2A515C58",
+    ];
+    const NOW: u64 = 1_700_000_000;
 
-    /// A socket of its own for a test.
-    fn listen(name: &str) -> (PathBuf, UnixListener) {
-        let path = std::env::temp_dir().join(format!("wg-{}-{name}.sock", std::process::id()));
-        let listener = UnixListener::bind(&path).unwrap();
-        (path, listener)
+    fn parse_text(text: &str) -> Result<Snapshot, ParseGetResponseError> {
+        parse_device(text.as_bytes(), SystemTime::UNIX_EPOCH + Duration::from_secs(NOW))
     }
 
-    /// What `peers` gives within 300 ms.
-    fn peers(path: &Path) -> Result<Peers, Error> {
-        let device = "wg0".parse().unwrap();
-        let deadline = Instant::now() + Duration::from_millis(300);
-        Userspace { device: &device, path: path.to_owned(), deadline }
-            .snapshot()
-            .map(|now| now.peers)
+    fn seconds(peer: &Peer) -> Option<u64> {
+        Some(peer.last_handshake?.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs())
     }
 
     #[test]
-    fn answers_of_every_kind() {
-        let (path, listener) = listen("moods");
-        let answers = [
-            ("errno=0\n\n", "no peers"),
-            ("", "ends early"),
-            ("errno=0\n", "ends early"),
-            ("errno=-22\n\n", "refused the request: Invalid argument"),
-            ("220 ESMTP\r\n\n", "does not speak WireGuard's protocol"),
-        ];
-        for (answer, expected) in answers {
-            let result = thread::scope(|scope| {
-                scope.spawn(|| {
-                    let mut stream = listener.accept().unwrap().0;
-                    let mut request = [0; 7];
-                    stream.read_exact(&mut request).unwrap();
-                    assert_eq!(&request, b"get=1\n\n");
-                    stream.write_all(answer.as_bytes()).unwrap();
-                });
-                peers(&path)
-            });
-            let result = result.map_or_else(
-                |error| error.to_string(),
-                |peers| {
-                    if peers.is_empty() { "no peers".to_owned() } else { "peers".to_owned() }
-                },
-            );
-            assert!(result.contains(expected), "{answer:?}: {result}");
-        }
-        drop(listener);
-        let stale = peers(&path);
-        assert!(matches!(&stale, Err(Error::Socket(..))), "{stale:?}");
-        assert!(stale.unwrap_err().to_string().contains("no process"));
-        std::fs::remove_file(path).unwrap();
+    fn what_wireguard_go_tells() {
+        let ([first, second, third], zeros) = (KEYS, "0".repeat(64));
+        let device = parse_text(&format!(
+            "private_key={zeros}\nlisten_port=12912\nfwmark=1\n\
+             public_key={first}\npreshared_key={zeros}\nprotocol_version=1\n\
+             endpoint=[fe80::1%eth0]:51820\nlast_handshake_time_sec=1600000000\n\
+             last_handshake_time_nsec=5\ntx_bytes=38333\nrx_bytes=2224\n\
+             persistent_keepalive_interval=111\nallowed_ip=192.168.4.4/32\nallowed_ip=fd00::/64\n\
+             public_key={second}\nprotocol_version=1\nlast_handshake_time_sec=0\n\
+             last_handshake_time_nsec=0\ntx_bytes=0\nrx_bytes=18446744073709551615\n\
+             public_key={third}\nnews_of_the_day=none\n\
+             errno=0\n\npublic_key=what comes after the end"
+        ))
+        .unwrap();
+        assert_eq!(device.own_key, None);
+        assert!(device.peers.iter().map(seconds).eq([Some(1_600_000_000), None, None]));
+        let [one, two, three] = &device.peers[..] else { panic!("three peers") };
+        assert_eq!((one.public_key.as_bytes()[0], one.rx_bytes, one.tx_bytes), (0xb8, 2224, 38333));
+        let ips: Vec<_> = one.allowed_ips.iter().map(ToString::to_string).collect();
+        assert_eq!(ips, ["192.168.4.4/32", "fd00::/64"]);
+        assert_eq!((two.rx_bytes, two.allowed_ips.len()), (u64::MAX, 0));
+        assert_eq!(three.public_key.as_bytes()[31], 0x58);
     }
 
     #[test]
-    fn every_wait_ends() {
-        let (path, listener) = listen("silent");
-        // Accepted by the kernel, and never answered: at the end the backlog is full as well.
-        for _ in 0..3 {
-            assert!(peers(&path).unwrap_err().is_timeout());
+    fn what_boringtun_tells() {
+        // It leaves out what is zero, and tells the age of a handshake in place of its time.
+        let [own, first, second] = KEYS;
+        let device = parse_text(&format!(
+            "own_public_key={own}\nlisten_port=5\npublic_key={first}\nendpoint=10.0.0.1:5\n\
+             allowed_ip=10.0.0.0/8\nlast_handshake_time_sec=100\nlast_handshake_time_nsec=1\n\
+             rx_bytes=1\ntx_bytes=2\npublic_key={second}\nrx_bytes=0\ntx_bytes=0\nerrno=0\n\n"
+        ))
+        .unwrap();
+        assert_eq!(device.own_key.unwrap().as_bytes()[0], 0xb8);
+        assert!(device.peers.iter().map(seconds).eq([Some(NOW - 101), None]));
+        let alone = parse_text(&format!("own_public_key={own}\nerrno=0\n\n")).unwrap();
+        assert_eq!((alone.own_key.is_some(), alone.peers.len()), (true, 0));
+        for nothing in ["errno=0\n\n", "listen_port=1\nerrno=0\n\n"] {
+            assert_eq!(parse_text(nothing).unwrap(), Snapshot::default());
         }
-        let mut held = Vec::new();
-        let device = "wg0".parse().unwrap();
-        loop {
-            let deadline = Instant::now() + Duration::from_millis(50);
-            let userspace = Userspace { device: &device, path: path.clone(), deadline };
-            match userspace.connect() {
-                Ok(stream) => held.push(stream),
-                Err(error) => break assert!(userspace.io_error(error).is_timeout()),
-            }
-        }
-        assert!(peers(&path).unwrap_err().is_timeout());
-        drop((held, listener));
-
-        // A drip of lines does not move the deadline.
-        std::fs::remove_file(&path).unwrap();
-        let listener = UnixListener::bind(&path).unwrap();
-        let drip = thread::spawn(move || {
-            let mut stream = listener.accept().unwrap().0;
-            while stream.write_all(b"fwmark=1\n").is_ok() {
-                thread::sleep(Duration::from_millis(20));
-            }
-        });
-        assert!(peers(&path).unwrap_err().is_timeout());
-        drip.join().unwrap();
-        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
-    fn a_peer_that_is_changed_is_not_lost_to_a_time_out() {
-        let (path, listener) = listen("changed");
-        let [own, key, secret] = ["01", "02", "03"].map(|byte| byte.repeat(32));
-        let now = format!(
-            "own_public_key={own}\npublic_key={key}\npreshared_key={secret}\n\
-             allowed_ip=10.0.0.1/32\nerrno=0\n\n"
-        );
-        // The process answers the removal too late.
-        let deadline = Instant::now() + Duration::from_secs(1);
-        let done = "errno=0\n\n";
-        let answers = [(&*now, false), (&*now, false), (done, true), (done, false)];
-        let process = thread::spawn({
-            let answers = answers.map(|(answer, is_late)| (answer.to_owned(), is_late));
-            move || {
-                answers.map(|(answer, is_late)| {
+    fn malformed_answers() {
+        let key = KEYS[0];
+        for text in [
+            "",
+            "\n",
+            "errno=0",
+            "errno=0\n",
+            "errno\n\n",
+            "errno=1\n\n",
+            "errno=-22\n\n",
+            "errno=zero\n\n",
+            "HTTP/1.1 200 OK\r\n\r\n",
+            "allowed_ip=10.0.0.0/8\nerrno=0\n\n",
+            "rx_bytes=1\nerrno=0\n\n",
+            "public_key=\nerrno=0\n\n",
+            "public_key\nerrno=0\n\n",
+            "public_key=b8\nerrno=0\n\n",
+            "own_public_key=b8\nerrno=0\n\n",
+            &format!("public_key={key}\n\n"),
+            &format!("public_key={key}\nerrno=5\n\n"),
+            &format!("public_key={key}\nerrno=0\n"),
+            &format!("public_key={key}\nallowed_ip=10.0.0.0\nerrno=0\n\n"),
+            &format!("public_key={key}\nallowed_ip=10.0.0.0/33\nerrno=0\n\n"),
+            &format!("public_key={key}\nrx_bytes=-1\nerrno=0\n\n"),
+            &format!("public_key={key}\nrx_bytes=18446744073709551616\nerrno=0\n\n"),
+            &format!("public_key={key}\nlast_handshake_time_nsec=4294967296\nerrno=0\n\n"),
+        ] {
+            assert!(parse_text(text).is_err(), "{text:?}");
+        }
+        assert!(parse_device(&b"\xff\xfe\nerrno=0\n\n"[..], SystemTime::now()).is_err());
+        assert!(parse_device(io::repeat(b'\n'), SystemTime::now()).is_err());
+        assert!(parse_device(io::repeat(b'x'), SystemTime::now()).is_err());
+    }
+
+    /// A process that reads a request, and then gives the next of these answers after a wait; its
+    /// requests in the end.
+    struct Process {
+        path: PathBuf,
+        device: DeviceName,
+        known: Known,
+        listener: UnixListener,
+    }
+
+    impl Process {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("wg-{}-{name}.sock", std::process::id()));
+            let listener = UnixListener::bind(&path).unwrap();
+            Self { path, device: "wg0".parse().unwrap(), known: Known::default(), listener }
+        }
+
+        fn answers(&self, answers: Vec<(String, Duration)>) -> JoinHandle<Vec<String>> {
+            let listener = self.listener.try_clone().unwrap();
+            thread::spawn(move || {
+                let answer = |(answer, wait): (String, Duration)| {
                     let mut stream = listener.accept().unwrap().0;
                     let mut request = String::new();
                     let mut lines = BufReader::new(&stream);
                     while !request.ends_with("\n\n") {
                         assert!(lines.read_line(&mut request).unwrap() > 0, "{request:?}");
                     }
-                    if is_late {
-                        let late = deadline + Duration::from_millis(100);
-                        thread::sleep(late.saturating_duration_since(Instant::now()));
-                    }
+                    thread::sleep(wait);
                     // Nobody may be there to read it.
                     let _ = stream.write_all(answer.as_bytes());
                     request
-                })
-            }
-        });
-        let device = "wg0".parse().unwrap();
-        let userspace = Userspace { device: &device, path: path.clone(), deadline };
-        let (peer, wanted) = (PublicKey::from([2; 32]), ["10.0.0.2/32".parse().unwrap()]);
-        let change = [Change::Set(&peer, &wanted)];
-        userspace.apply(&change, None, &AtomicUsize::new(0)).unwrap();
-        let [_, _, removal, addition] = process.join().unwrap();
-        assert!(removal.contains("remove=true"), "{removal}");
-        for part in [key, secret, "allowed_ip=10.0.0.2/32".to_owned()] {
-            assert!(addition.contains(&part) && !addition.contains("remove"), "{addition}");
+                };
+                answers.into_iter().map(answer).collect()
+            })
         }
-        // A change that has not begun at the deadline does not begin.
-        assert!(userspace.apply(&change, None, &AtomicUsize::new(0)).unwrap_err().is_timeout());
-        std::fs::remove_file(path).unwrap();
+
+        fn until(&self, deadline: Instant) -> Userspace<'_> {
+            let Self { path, device, known, .. } = self;
+            Userspace { device, path: path.clone(), kernel: Errno::EOPNOTSUPP, known, deadline }
+        }
+
+        /// For so many milliseconds.
+        fn within(&self, time: u64) -> Userspace<'_> {
+            self.until(Instant::now() + Duration::from_millis(time))
+        }
+    }
+
+    impl Drop for Process {
+        fn drop(&mut self) {
+            fs::remove_file(&self.path).unwrap();
+        }
+    }
+
+    fn at_once(answers: &[&str]) -> Vec<(String, Duration)> {
+        answers.iter().map(|answer| ((*answer).to_owned(), Duration::ZERO)).collect()
     }
 
     #[test]
-    fn what_the_deadline_cuts_off_begins_with_a_peer() {
-        let (path, listener) = listen("cut");
-        let device = "wg0".parse().unwrap();
-        let deadline = Instant::now() + Duration::from_millis(200);
-        let userspace = Userspace { device: &device, path: path.clone(), deadline };
-        let allowed_ips = (0..100).map(|n| format!("fd00::{n:x}/128").parse().unwrap());
-        let allowed_ips: Vec<_> = allowed_ips.collect();
-        let keys: Vec<_> = (0..200).map(|number| PublicKey::from([number; 32])).collect();
-        let changes: Vec<_> = keys.iter().map(|key| Change::Set(key, &allowed_ips)).collect();
-        let before = Snapshot { own_key: None, peers: Peers::default() };
-        let error = userspace.apply(&changes, Some(&before), &AtomicUsize::new(0)).unwrap_err();
-        assert!(error.is_timeout(), "{error}");
-        // The process hung, and now reads what there is.
-        let mut request = String::new();
-        listener.accept().unwrap().0.read_to_string(&mut request).unwrap();
-        assert!(!request.ends_with("\n\n"), "{} bytes fit into the socket", request.len());
-        assert!(request.ends_with("\nallowed_ip=fd00::63/128\n"), "{}", request.len());
-        std::fs::remove_file(path).unwrap();
-    }
-
-    #[test]
-    fn pieces() {
-        let peer = |allowed_ips| {
-            format!("public_key=x\n{}", "allowed_ip=10.0.0.0/8\n".repeat(allowed_ips))
-        };
-        let (small, large) = (peer(1000), peer(3000));
-        for (request, first) in [
-            ("get=1\n\n".to_owned(), "get=1\n\n".len()),
-            (format!("{small}{small}\n"), small.len()),
-            (format!("set=1\n{large}\n"), "set=1\n".len()),
-            (large, PIECE - (PIECE - "public_key=x\n".len()) % "allowed_ip=10.0.0.0/8\n".len()),
-            ("x".repeat(PIECE + 1), PIECE),
+    fn failures_name_the_socket() {
+        let process = Process::new("moods");
+        for (answer, part) in [
+            ("", "ends early"),
+            ("errno=0\n", "ends early"),
+            ("errno=-22\n\n", "refused the request: Invalid argument"),
+            ("220 ESMTP\r\n\n", "does not speak WireGuard's protocol"),
         ] {
-            assert_eq!(split_piece(request.as_bytes()).0.len(), first);
+            let asked = process.answers(at_once(&[answer]));
+            let failure = process.within(60_000).snapshot().unwrap_err();
+            assert_eq!(asked.join().unwrap(), ["get=1\n\n"]);
+            assert!(failure.sentence.contains(part), "{answer:?}: {failure}");
+            assert!(failure.sentence.contains(process.path.to_str().unwrap()), "{failure}");
+        }
+        assert!(process.within(50).snapshot().unwrap_err().is_timeout());
+        for (device, kernel, kind, part) in [
+            ("nobody", Errno::ENODEV, ErrorKind::NotFound, "does not exist: create it"),
+            ("nobody", Errno::EPERM, ErrorKind::PermissionDenied, "does not exist: create it"),
+            ("lo", Errno::ENODEV, ErrorKind::NotFound, "does not exist: create it"),
+            ("lo", Errno::EOPNOTSUPP, ErrorKind::NotFound, "lo is not a WireGuard device"),
+            ("lo", Errno::ENOENT, ErrorKind::NotFound, "lo is not a WireGuard device"),
+            ("lo", Errno::EPERM, ErrorKind::NotFound, "CAP_NET_ADMIN"),
+            ("lo", Errno::EPERM, ErrorKind::PermissionDenied, "CAP_NET_ADMIN"),
+            ("lo", Errno::ENOENT, ErrorKind::PermissionDenied, "access to the socket"),
+            ("lo", Errno::EPERM, ErrorKind::ConnectionRefused, "no process behind it"),
+        ] {
+            let device = device.parse().unwrap();
+            let userspace = Userspace { device: &device, kernel, ..process.within(0) };
+            let failure = userspace.io_failure(&kind.into());
+            assert!(failure.sentence.contains(part), "{device} {kernel} {kind}: {failure}");
         }
     }
 
     #[test]
-    fn sets() {
-        assert!(same_set(&[2, 1, 1], &[1, 2]));
-        assert!(!same_set(&[1], &[1, 2]));
-        assert!(same_set::<u8>(&[], &[]));
+    fn an_implementation_is_found_out_once_and_anew_for_another_process() {
+        let (key, ips) = (PublicKey::from([2; 32]), ["10.0.0.2/32".parse().unwrap()]);
+        let mut process = Process::new("known");
+        let ok = "errno=0\n\n";
+        let asked = process.answers(at_once(&["private_key=01", ok, ok]));
+        process.within(60_000).add(key, &ips).unwrap();
+        process.within(60_000).add(key, &ips).unwrap();
+        let addition = format!(
+            "set=1\npublic_key={}\nreplace_allowed_ips=true\nallowed_ip=10.0.0.2/32\n\n",
+            "02".repeat(32)
+        );
+        assert_eq!(asked.join().unwrap(), ["get=1\n\n", &addition, &addition]);
+
+        // boringtun at the same place: what is there already is left alone, what differs is replaced.
+        fs::remove_file(&process.path).unwrap();
+        process.listener = UnixListener::bind(&process.path).unwrap();
+        let [own, key_text] = ["01", "02"].map(|byte| byte.repeat(32));
+        let list =
+            |ip| format!("own_public_key={own}\npublic_key={key_text}\nallowed_ip={ip}/32\n{ok}");
+        let answers = [list("10.0.0.1"), list("10.0.0.2"), list("10.0.0.1"), ok.into(), ok.into()];
+        let asked = process.answers(at_once(&answers.each_ref().map(String::as_str)));
+        process.within(60_000).add(key, &ips).unwrap();
+        process.within(60_000).add(key, &ips).unwrap();
+        let removal = format!("set=1\npublic_key={key_text}\nremove=true\n\n");
+        let get = "get=1\n\n";
+        assert_eq!(asked.join().unwrap(), [get, get, get, &removal, &addition]);
+    }
+
+    #[test]
+    fn a_peer_that_is_replaced_is_not_lost_to_a_time_out() {
+        let process = Process::new("late");
+        let peer = Peer {
+            public_key: [2; 32].into(),
+            allowed_ips: vec![],
+            last_handshake: None,
+            rx_bytes: 0,
+            tx_bytes: 0,
+        };
+        let ips = ["10.0.0.2/32".parse().unwrap()];
+        let change = [Change::Set(peer.public_key, &ips)];
+        // The process answers the removal too late.
+        let ok = || "errno=0\n\n".to_owned();
+        let start = ("own_public_key=01".to_owned(), Duration::ZERO);
+        let late = Duration::from_millis(600);
+        let asked = process.answers(vec![start, (ok(), late), (ok(), Duration::ZERO)]);
+        let mut applied = 0;
+        let userspace = process.within(400);
+        userspace.apply(&change, &[peer], &mut |done| applied = done).unwrap();
+        let [_, removal, addition] = &asked.join().unwrap()[..] else { panic!("three requests") };
+        assert!(removal.contains("remove=true"), "{removal}");
+        assert!(addition.contains("allowed_ip=10.0.0.2/32") && !addition.contains("remove"));
+        assert_eq!(applied, 1);
+        // A change that has not begun at the deadline does not begin.
+        assert!(userspace.apply(&change, &[], &mut |_| ()).unwrap_err().is_timeout());
+    }
+
+    /// What a process that hangs finds in its socket when it goes on: whole requests, or whole lines of
+    /// one peer that is larger than the socket.
+    #[test]
+    fn a_request_is_written_whole_or_not_begun() {
+        let process = Process::new("whole");
+        let ips: Vec<AllowedIp> =
+            (0..20_000).map(|n| format!("fd00::{n:x}/128").parse().unwrap()).collect();
+        let changes: Vec<_> =
+            (0..200).map(|number| Change::Set([number; 32].into(), &ips[..1])).collect();
+        *lock(&process.known.0) = {
+            let file = fs::metadata(&process.path).unwrap();
+            Some(((file.ino(), file.ctime(), file.ctime_nsec()), true))
+        };
+        for (changes, peers) in [
+            (&changes[..], REQUEST_ITEMS / 2),
+            (&[Change::Set([7; 32].into(), &ips[..3000])], 1),
+            (&[Change::Set([7; 32].into(), &ips)], 1),
+        ] {
+            let failure = process.within(100).apply(changes, &[], &mut |_| panic!("applied"));
+            assert!(failure.unwrap_err().is_timeout());
+            let mut request = String::new();
+            process.listener.accept().unwrap().0.read_to_string(&mut request).unwrap();
+            assert_eq!(request.matches("public_key").count(), peers);
+            let is_whole = request.ends_with("/128\n\n");
+            assert!(is_whole || peers == 1 && request.ends_with("/128\n"), "{}", request.len());
+            assert!(is_whole || changes[0] == Change::Set([7; 32].into(), &ips));
+        }
     }
 }

@@ -1,20 +1,23 @@
-//! Network namespaces and the WireGuard devices in them, with `wg` as the independent witness.
+//! Network namespaces and the WireGuard devices in them, each with a daemon, and with `wg` as the
+//! independent witness.
 
-use std::collections::BTreeSet;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::fs::{DirEntry, File, read_dir, read_to_string};
-use std::io::Write;
+use std::io::Write as _;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vpn_daemon::wireguard::{AllowedIp, Peer, PublicKey, WireGuard};
+use serde_json::{Value, json};
 
+use crate::common::{Answer, Daemon};
 use crate::vm::target_dir;
 
 /// Who implements WireGuard.
@@ -78,51 +81,34 @@ pub fn input(program: &str, arguments: &[&str], stdin: &str) -> String {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|e| panic!("{program}: {e}; run tests/install-deps"));
-    let mut pipe = child.stdin.take().unwrap();
     // A program that does not read its input may have ended by now.
-    let _ = pipe.write_all(stdin.as_bytes());
-    drop(pipe);
+    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
     let output = child.wait_with_output().unwrap();
-    assert!(
-        output.status.success(),
-        "{program} {} failed: {}",
-        arguments.join(" "),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let (line, stderr) = (arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program} {line} failed: {stderr}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A peer as `wg show … dump` prints it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Row {
-    pub public_key: String,
-    pub preshared_key: String,
-    pub endpoint: String,
-    pub allowed_ips: BTreeSet<String>,
-    pub last_handshake: u64,
-    pub rx_bytes: u64,
-    pub tx_bytes: u64,
-    pub keepalive: String,
-}
+/// A peer that is to be: its key and its allowed IPs.
+pub type Wanted = (String, Vec<String>);
 
-/// A WireGuard device in the namespace of the calling thread; dropping it deletes it.
+/// A WireGuard device in the namespace of the calling thread, and its daemon; dropping it deletes it.
 pub struct Device {
     pub name: String,
     pub kind: Kind,
     pub private_key: String,
-    pub public_key: PublicKey,
-    pub wireguard: WireGuard,
+    pub public_key: String,
+    pub daemon: Daemon,
     process: Option<Child>,
 }
 
 impl Device {
     pub fn new(kind: Kind) -> Self {
-        let private_key = command("wg", &["genkey"]);
-        let public_key = input("wg", &["pubkey"], &private_key).trim().parse().unwrap();
+        let private_key = command("wg", &["genkey"]).trim().to_owned();
+        let public_key = input("wg", &["pubkey"], &private_key).trim().to_owned();
         let name = unused_name();
-        let wireguard = WireGuard::new(name.parse().unwrap());
-        let private_key = private_key.trim().to_owned();
-        let mut device = Self { name, kind, private_key, public_key, wireguard, process: None };
+        let daemon = Daemon::start(&["-wg-device", &name]);
+        let mut device = Self { name, kind, private_key, public_key, daemon, process: None };
         device.create();
         device
     }
@@ -154,15 +140,13 @@ impl Device {
         command("ip", &["link", "set", name, "up"]);
     }
 
-    /// Deletes the interface.
+    /// Deletes the interface; a killed process leaves its socket behind.
     pub fn delete(&mut self) {
         match self.process.take() {
             None => drop(command("ip", &["link", "delete", &self.name])),
             Some(mut process) => {
                 process.kill().unwrap();
                 process.wait().unwrap();
-                // A killed process leaves its socket behind.
-                let _ = std::fs::remove_file(self.socket());
             }
         }
     }
@@ -205,61 +189,125 @@ impl Device {
         input("wg", &[&["set", &self.name], arguments].concat(), stdin);
     }
 
-    /// All peers as `wg` sees them, in order of the public key.
-    pub fn dump(&self) -> Vec<Row> {
-        let dump = command("wg", &["show", &self.name, "dump"]);
-        let mut rows: Vec<Row> = dump.lines().skip(1).map(row).collect();
-        rows.sort_by(|a, b| a.public_key.cmp(&b.public_key));
-        rows
+    /// Gives the peer a preshared key, which is returned, a keepalive and an endpoint.
+    pub fn set_secret(&self, key: &str) -> String {
+        let preshared_key = command("wg", &["genpsk"]).trim().to_owned();
+        let settings = ["peer", key, "persistent-keepalive", "25", "endpoint", "127.0.0.1:9"];
+        let secret = ["preshared-key", "/dev/stdin"];
+        self.wg_input(&[&settings[..], &secret].concat(), &preshared_key);
+        preshared_key
     }
 
-    /// The peer of this key as `wg` sees it.
-    pub fn row(&self, key: &PublicKey) -> Option<Row> {
-        self.dump().into_iter().find(|row| row.public_key == key.to_string())
-    }
-
-    /// All peers as the backend sees them, in order of the public key.
-    pub fn peers(&self) -> Vec<Peer<'static>> {
-        let peers = self.wireguard.peers(soon()).unwrap_or_else(|e| panic!("{e}"));
-        let mut peers: Vec<_> = peers.iter().map(Peer::into_owned).collect();
-        peers.sort_by_key(|peer| peer.public_key.to_string());
-        peers
-    }
-
-    /// The peer of this key as the backend sees it.
-    pub fn peer(&self, key: &PublicKey) -> Peer<'static> {
-        self.peers().into_iter().find(|peer| peer.public_key == *key).expect("the peer is there")
-    }
-
-    pub fn add(&self, key: &PublicKey, allowed_ips: &[AllowedIp]) {
-        self.wireguard.add_peer(key, allowed_ips, soon()).unwrap_or_else(|e| panic!("{e}"));
-    }
-
-    pub fn remove(&self, key: &PublicKey) -> Option<Peer<'static>> {
-        self.wireguard.remove_peer(key, soon()).unwrap_or_else(|e| panic!("{e}"))
-    }
-
-    /// Asserts that the backend and `wg` see the same; how many peers they see.
-    pub fn check(&self) -> usize {
-        let (peers, rows) = (self.peers(), self.dump());
-        assert_eq!(peers.len(), rows.len(), "number of peers");
-        for (peer, row) in peers.iter().zip(&rows) {
-            let allowed_ips: BTreeSet<String> =
-                peer.allowed_ips.iter().map(ToString::to_string).collect();
-            assert_eq!(allowed_ips.len(), peer.allowed_ips.len(), "an allowed IP twice");
-            assert_eq!(
-                (peer.public_key.to_string(), allowed_ips, peer.rx_bytes, peer.tx_bytes),
-                (row.public_key.clone(), row.allowed_ips.clone(), row.rx_bytes, row.tx_bytes)
-            );
-            // boringtun tells how long ago the handshake was where `wg` expects the time.
-            if self.kind != Kind::Boringtun {
-                let last_handshake = peer.last_handshake.map_or(0, |time| {
-                    time.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
-                });
-                assert_eq!(last_handshake, row.last_handshake, "last handshake");
+    /// Makes these the device's only peers, with `wg setconf`.
+    pub fn load(&self, peers: &[Wanted]) {
+        let mut config = format!("[Interface]\nPrivateKey = {}\n", self.private_key);
+        for (key, allowed_ips) in peers {
+            writeln!(config, "[Peer]\nPublicKey = {key}").unwrap();
+            if !allowed_ips.is_empty() {
+                writeln!(config, "AllowedIPs = {}", allowed_ips.join(", ")).unwrap();
             }
         }
-        peers.len()
+        input("wg", &["setconf", &self.name, "/dev/stdin"], &config);
+    }
+
+    /// The peer as `wg show … dump` prints it.
+    pub fn row(&self, key: &str) -> Vec<String> {
+        let dump = command("wg", &["show", &self.name, "dump"]);
+        let row = dump.lines().find(|line| line.starts_with(key)).expect("the peer is there");
+        row.split('\t').map(str::to_owned).collect()
+    }
+
+    /// All peers as `wg` sees them, in the words of the API and in order of the public key.
+    pub fn seen(&self) -> Vec<Value> {
+        let dump = command("wg", &["show", &self.name, "dump"]);
+        in_order(dump.lines().skip(1).map(|line| {
+            let fields: Vec<&str> = line.split('\t').collect();
+            let [key, _, _, allowed_ips, seen, rx, tx, _] = fields[..] else { panic!("{line}") };
+            let time = || command("date", &["-u", "-d", &format!("@{seen}"), "+%FT%TZ"]);
+            json!({
+                "bytes_in": rx.parse::<u64>().unwrap(),
+                "bytes_out": tx.parse::<u64>().unwrap(),
+                "ip_net": allowed_ips.split(',').filter(|ip| *ip != "(none)").collect::<Vec<_>>(),
+                "last_handshake_time": (seen != "0").then(|| time().trim().to_owned()),
+                "public_key": key,
+            })
+        }))
+    }
+
+    /// All peers as the daemon sees them, in the same order. An emulated machine may need some time.
+    pub fn listed(&self) -> Vec<Value> {
+        let mut answers = (0..10).map(|_| self.daemon.get("/w/peer_list?show_all=yes"));
+        let answer = answers.find(|answer| answer.status != 504).expect("an answer in time");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        in_order(answer.json()["peer_list"].as_array().unwrap().iter().cloned())
+    }
+
+    /// Asserts that the daemon and `wg` see the same; what they see.
+    pub fn check(&self) -> Vec<Value> {
+        let (listed, mut seen) = (self.listed(), self.seen());
+        if self.kind == Kind::Boringtun {
+            // It tells how long ago the handshake was where `wg` expects the time.
+            for (peer, other) in seen.iter_mut().zip(&listed) {
+                peer["last_handshake_time"] = other["last_handshake_time"].clone();
+            }
+        }
+        assert_eq!(listed, seen);
+        listed
+    }
+
+    /// Asserts that the device has these peers and no others.
+    pub fn has(&self, peers: &[Wanted]) {
+        let expected = peers.iter().map(|(key, ips)| json!({"public_key": key, "ip_net": ips}));
+        let two = |peer: &Value| (peer["public_key"].clone(), peer["ip_net"].clone());
+        let seen = self.check();
+        assert!(seen.iter().map(two).eq(in_order(expected).iter().map(two)), "{seen:?}");
+    }
+
+    /// An emulated machine may need some time.
+    pub fn add(&self, key: &str, allowed_ips: &[String]) -> Answer {
+        // As short as can be: a form has at most 64 KiB.
+        let ips: String = allowed_ips.iter().map(|ip| format!("&ip_net={ip}")).collect();
+        let form = format!("public_key={}{ips}", key.replace('+', "%2B"));
+        let header = "Content-Type: application/x-www-form-urlencoded";
+        let add = || self.daemon.call("POST", "/w/add_peer", &[header], form.as_bytes());
+        (0..10).map(|_| add()).find(|answer| answer.status != 504).expect("an answer in time")
+    }
+
+    pub fn remove(&self, key: &str) -> Answer {
+        self.daemon.post("/w/remove_peer", &[("public_key", key)])
+    }
+
+    pub fn sync(&self, query: &str, peers: &[Wanted]) -> Answer {
+        // Other fields are ignored.
+        let peers =
+            peers.iter().map(|(key, ips)| json!({"public_key": key, "ip_net": ips, "x": 1}));
+        let body = json!({"peer_list": peers.collect::<Vec<_>>()}).to_string();
+        let target = format!("/w/sync_peers{query}");
+        self.daemon.call("POST", &target, &["Content-Type: application/json"], body.as_bytes())
+    }
+
+    /// Asks until it is done; how often it was cut off by its deadline.
+    pub fn sync_until_done(&self, peers: &[Wanted]) -> u32 {
+        let (mut cuts, mut left) = (0, usize::MAX);
+        loop {
+            let answer = self.sync("", peers);
+            if answer.status == 200 {
+                self.has(peers);
+                return cuts;
+            }
+            assert_eq!(answer.status, 504, "{answer:?}");
+            let sentence = answer.error();
+            if let Some((_, done)) = sentence.split_once("; ")
+                && let Some((done, _)) = done.split_once(" changes are known to be applied")
+            {
+                let (done, all) = done.split_once(" of ").unwrap();
+                let (done, all): (usize, usize) = (done.parse().unwrap(), all.parse().unwrap());
+                assert!(done <= all && all <= left, "{sentence}, and {left} were left");
+                left = all - done;
+            }
+            cuts += 1;
+            assert!(cuts < 100, "no end: {sentence}");
+        }
     }
 }
 
@@ -267,31 +315,28 @@ impl Drop for Device {
     fn drop(&mut self) {
         if self.process.is_some() {
             self.delete();
+            let _ = std::fs::remove_file(self.socket());
         }
         // A device of the kernel ends with its namespace.
     }
 }
 
-/// One line of `wg show … dump` after the first.
-fn row(line: &str) -> Row {
-    let fields: Vec<&str> = line.split('\t').collect();
-    let [key, preshared_key, endpoint, allowed_ips, last_handshake, rx, tx, keepalive] = fields[..]
-    else {
-        panic!("wg printed {} fields", fields.len())
-    };
-    Row {
-        public_key: key.to_owned(),
-        preshared_key: preshared_key.to_owned(),
-        endpoint: endpoint.to_owned(),
-        allowed_ips: match allowed_ips {
-            "(none)" => BTreeSet::new(),
-            list => list.split(',').map(str::to_owned).collect(),
-        },
-        last_handshake: last_handshake.parse().unwrap(),
-        rx_bytes: rx.parse().unwrap(),
-        tx_bytes: tx.parse().unwrap(),
-        keepalive: keepalive.to_owned(),
+/// By public key, and the allowed IPs of each in order.
+fn in_order(peers: impl Iterator<Item = Value>) -> Vec<Value> {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let mut peers: Vec<Value> = peers.collect();
+    for peer in &mut peers {
+        peer["ip_net"].as_array_mut().unwrap().sort_by_key(text);
     }
+    peers.sort_by_key(|peer| text(&peer["public_key"]));
+    peers
+}
+
+/// The public key of a peer that only has to exist.
+pub fn key(number: u32) -> String {
+    let mut bytes = [7; 32];
+    bytes[..4].copy_from_slice(&number.to_le_bytes());
+    STANDARD.encode(bytes)
 }
 
 /// An interface name that nobody else uses.
@@ -300,14 +345,9 @@ pub fn unused_name() -> String {
     format!("t{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A deadline that no working device misses, emulated or not.
-pub fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(60)
-}
-
 /// Waits until `done`; panics after a time that is only there to end a hang.
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = soon();
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(20));

@@ -10,57 +10,70 @@ mod cases;
 #[path = "../common/mod.rs"]
 mod common;
 mod devices;
-mod guest;
 mod kernel;
-mod sync_cases;
 #[path = "../vm/mod.rs"]
 mod vm;
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use devices::{Kind, Namespace};
+use vm::{Initramfs, Kernel, Machine, which};
 
 /// A name, and what panics if it does not hold. Each case runs in a network namespace of its own.
 type Case = (&'static str, fn(Kind));
 
+/// Set in the machine.
+const ROLE: &str = "IN_THE_MACHINE";
+
+/// Emulation on a busy machine is slow: this bounds a hang, it is no measure.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+
 #[test]
 fn wireguard_go() {
-    run(Kind::WireguardGo, &[cases::COMMON, sync_cases::COMMON, cases::SESSION, cases::PROCESS]);
+    run(Kind::WireguardGo, &[cases::COMMON, cases::SESSION, cases::PROCESS]);
 }
 
 #[test]
 fn boringtun() {
-    run(Kind::Boringtun, &[cases::COMMON, sync_cases::COMMON, cases::PROCESS]);
+    run(Kind::Boringtun, &[cases::COMMON, cases::BORINGTUN, cases::PROCESS]);
 }
 
-/// On the host this boots a machine that runs this very test; in the machine it is the cases.
+/// Boots a machine that runs this very test; in the machine it is the cases.
 #[test]
 fn kernel() {
-    match std::env::var("ROLE").as_deref() {
-        Ok(guest::ROLE) => {
-            run(Kind::Kernel, &[cases::COMMON, sync_cases::COMMON, cases::SESSION, kernel::CASES])
-        }
-        Ok(kernel::UNPRIVILEGED) => kernel::unprivileged(),
-        Ok(role) => panic!("unknown ROLE {role}"),
-        Err(_) => guest::run(&std::env::current_exe().unwrap(), "kernel"),
+    if std::env::var_os(ROLE).is_some() {
+        return run(Kind::Kernel, &[cases::COMMON, cases::SESSION, kernel::CASES]);
     }
+    let (kernel, executable) = (Kernel::find(), std::env::current_exe().unwrap());
+    let case = std::env::var("CASE").unwrap_or_default();
+    let command = format!("{ROLE}=yes CASE='{case}' {} --exact kernel", executable.display());
+    let mut initramfs = Initramfs::new(&kernel, &["wireguard", "veth"], &command);
+    let daemon = Path::new(env!("CARGO_BIN_EXE_vpn-daemon"));
+    for program in [&executable, daemon, &which("wg"), &which("ip")] {
+        initramfs.program(program);
+    }
+    let image = initramfs.write();
+    let mut console = String::new();
+    let status = Machine::boot(&kernel, &image, 1024, LIMIT).wait(|line| {
+        if line.starts_with("kernel: ") {
+            say(line);
+        }
+        console += line;
+        console.push('\n');
+    });
+    assert!(status == 0, "failed in the machine:\n{console}");
 }
 
 /// Runs all cases, says how each went, and fails in the end if one did.
 fn run(kind: Kind, lists: &[&[Case]]) {
     let only = std::env::var("CASE").unwrap_or_default();
     let (mut passed, mut failed) = (0, Vec::new());
-    // A second logger is refused: the tests share the first.
-    if log::set_logger(&LOG).is_ok() {
-        log::set_max_level(log::LevelFilter::Debug);
-    }
     for (name, case) in lists.iter().copied().flatten().filter(|(name, _)| name.contains(&only)) {
         let started = Instant::now();
-        let namespace = Namespace::new();
-        let result = namespace.enter(|| catch_unwind(AssertUnwindSafe(|| case(kind))));
+        let result = Namespace::new().enter(|| catch_unwind(AssertUnwindSafe(|| case(kind))));
         let seconds = started.elapsed().as_secs_f32();
         match result {
             Ok(()) => passed += 1,
@@ -76,28 +89,4 @@ fn run(kind: Kind, lists: &[&[Case]]) {
 /// Prints a line past libtest, which would hold it back until the test fails.
 fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
-}
-
-/// All that the daemon's library logged. neli, with which the cases disturb dumps, logs whole
-/// messages, keys and all: this is deaf to it.
-static LOG: Log = Log(Mutex::new(String::new()));
-
-/// The log so far.
-fn logged() -> String {
-    LOG.0.lock().unwrap().clone()
-}
-
-struct Log(Mutex<String>);
-
-impl log::Log for Log {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.target().starts_with("vpn_daemon")
-    }
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            let line = format!("{} {}\n", record.level(), record.args());
-            self.0.lock().unwrap().push_str(&line);
-        }
-    }
-    fn flush(&self) {}
 }
