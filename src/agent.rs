@@ -17,7 +17,7 @@ use crate::lock;
 use crate::logging::warn_seldom;
 
 /// The thread ends when nothing has been asked for this long.
-const REST: Duration = Duration::from_secs(10);
+const REST: Duration = Duration::from_secs(2);
 
 /// What a thread touches of its stack counts, not this; a call may start a thousand threads.
 const STACK: usize = 256 * 1024;

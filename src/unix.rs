@@ -1,13 +1,12 @@
 //! A Unix socket with one deadline for connecting, reading and writing.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
 };
@@ -29,52 +28,30 @@ impl Stream {
         let kind = SockType::Stream;
         let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
         let address = UnixAddr::new(path)?;
-        loop {
-            let left = time_left(deadline)?.min(SLICE).as_micros();
-            let left = TimeVal::new(0, i64::try_from(left).unwrap_or(i64::MAX));
+        until(deadline, |left| {
+            let left = TimeVal::new(0, left.subsec_micros().into());
             setsockopt(&socket, sockopt::SendTimeout, &left)?;
-            match connect(socket.as_raw_fd(), &address) {
-                Ok(()) => break,
-                // The backlog is full.
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        let stream = UnixStream::from(socket);
-        stream.set_nonblocking(true)?;
-        Ok(Self { stream, deadline })
-    }
-
-    /// Does the operation once the socket is ready for it.
-    fn when_ready<T>(
-        &mut self,
-        event: PollFlags,
-        mut operation: impl FnMut(&mut UnixStream) -> io::Result<T>,
-    ) -> io::Result<T> {
-        loop {
-            match operation(&mut self.stream) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                result => return result,
-            }
-            let left = time_left(self.deadline)? + Duration::from_millis(1);
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            poll(&mut [PollFd::new(self.stream.as_fd(), event)], left)?;
-        }
+            connect(socket.as_raw_fd(), &address).map_err(Errno::into)
+        })?;
+        Ok(Self { stream: socket.into(), deadline })
     }
 }
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        time_left(self.deadline)?;
-        self.when_ready(PollFlags::POLLIN, |stream| stream.read(buffer))
+        until(self.deadline, |left| {
+            self.stream.set_read_timeout(Some(left))?;
+            self.stream.read(buffer)
+        })
     }
 }
 
 impl Write for Stream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        time_left(self.deadline)?;
-        self.when_ready(PollFlags::POLLOUT, |stream| stream.write(buffer))
+        until(self.deadline, |left| {
+            self.stream.set_write_timeout(Some(left))?;
+            self.stream.write(buffer)
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -82,14 +59,23 @@ impl Write for Stream {
     }
 }
 
-fn time_left(deadline: Instant) -> io::Result<Duration> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    // A socket time-out below a microsecond would mean none.
-    if left < Duration::from_micros(1) { Err(timed_out()) } else { Ok(left) }
-}
-
-fn timed_out() -> io::Error {
-    io::Error::new(ErrorKind::TimedOut, "no answer in time")
+/// Tries again, each time with the time-out that it is given.
+fn until<T>(
+    deadline: Instant,
+    mut attempt: impl FnMut(Duration) -> io::Result<T>,
+) -> io::Result<T> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).min(SLICE);
+        // A socket time-out below a microsecond would mean none.
+        if left < Duration::from_micros(1) {
+            return Err(io::Error::new(ErrorKind::TimedOut, "no answer in time"));
+        }
+        match attempt(left) {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            result => return result,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,53 +36,70 @@ fn run(program: &str, args: &[&str]) {
     assert!(output.status.success(), "{program} {args:?}, as root: {printed}");
 }
 
-/// A network namespace with a loopback device; deleted at the end.
-struct Namespace(String);
+/// A network namespace with a loopback device, and a directory with a throw-away CA. All certificates
+/// share one key: only names matter here.
+struct Site {
+    namespace: String,
+    directory: TempDir,
+}
 
-impl Namespace {
+impl Site {
     fn new() -> Self {
-        let name = format!("vd-openvpn-{}", std::process::id());
-        run("ip", &["netns", "add", &name]);
-        let namespace = Self(name);
-        run("ip", &["-n", &namespace.0, "link", "set", "lo", "up"]);
-        namespace
+        let namespace = format!("vd-openvpn-{}", std::process::id());
+        run("ip", &["netns", "add", &namespace]);
+        let site = Self { namespace, directory: TempDir::new("openvpn") };
+        run("ip", &["-n", &site.namespace, "link", "set", "lo", "up"]);
+        let (key, ca) = (site.file("key"), site.file("ca"));
+        let curve = "ec_paramgen_curve:P-256";
+        run("openssl", &["genpkey", "-algorithm", "EC", "-pkeyopt", curve, "-out", &key]);
+        run("openssl", &["req", "-x509", "-key", &key, "-subj", "/CN=test CA", "-out", &ca]);
+        site
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.directory.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// An OpenVPN process that shows this common name; `file` is the beginning of its files' names.
+    fn start(&self, file: &str, common_name: &str, options: &str) -> Process {
+        let subject = common_name.replace('\\', "\\\\").replace('/', "\\/").replace('+', "\\+");
+        let subject = format!("/CN={subject}");
+        let (key, ca, certificate) = (self.file("key"), self.file("ca"), self.file(file));
+        let sign = ["req", "-x509", "-utf8", "-key", &key, "-CA", &ca, "-CAkey", &key];
+        let usage = ["-addext", "basicConstraints=critical,CA:FALSE"];
+        run("openssl", &[&sign[..], &usage, &["-subj", &subject, "-out", &certificate]].concat());
+        let log = self.file(&format!("{file}.log"));
+        let child = Command::new("ip")
+            .args(["netns", "exec", &self.namespace, "setpriv", "--pdeathsig", "KILL"])
+            // `make test-versions` names other versions.
+            .arg(std::env::var_os("OPENVPN").unwrap_or("openvpn".into()))
+            .args(["--verb", "3", "--ca", &ca, "--key", &key, "--cert", &certificate])
+            .args(options.split_whitespace())
+            .stdin(Stdio::null())
+            .stdout(File::create(&log).unwrap())
+            .stderr(Stdio::null())
+            .spawn();
+        Process { child: child.unwrap(), log }
     }
 }
 
-impl Drop for Namespace {
+impl Drop for Site {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.0]).status();
+        let _ = Command::new("ip").args(["netns", "delete", &self.namespace]).status();
     }
 }
 
 /// An OpenVPN process; ended at the end.
 struct Process {
     child: Child,
-    log: PathBuf,
+    log: String,
 }
 
 impl Process {
-    fn start(namespace: &Namespace, log: PathBuf, options: &[&str]) -> Self {
-        // `make test-versions` names other versions.
-        let openvpn = std::env::var_os("OPENVPN").unwrap_or("openvpn".into());
-        let child = Command::new("ip")
-            .args(["netns", "exec", &namespace.0, "setpriv", "--pdeathsig", "KILL"])
-            .arg(openvpn)
-            .args(["--verb", "3"])
-            .args(options)
-            .stdin(Stdio::null())
-            .stdout(File::create(&log).unwrap())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { child, log }
-    }
-
     fn wait_ready(&mut self) {
-        let log = self.log.clone();
         wait_until("OpenVPN is ready", || {
-            let text = fs::read_to_string(&log).unwrap();
-            assert!(self.is_running(), "OpenVPN has ended:\n{text}");
+            let text = fs::read_to_string(&self.log).unwrap();
+            assert!(self.child.try_wait().unwrap().is_none(), "OpenVPN has ended:\n{text}");
             text.contains("Initialization Sequence Completed")
         });
     }
@@ -97,37 +114,6 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// A throw-away CA in a directory. All certificates share one key: only names matter here.
-struct Authority(TempDir);
-
-impl Authority {
-    fn new() -> Self {
-        let authority = Self(TempDir::new("authority"));
-        let (key, ca) = (authority.file("key"), authority.file("ca"));
-        let curve = "ec_paramgen_curve:P-256";
-        run("openssl", &["genpkey", "-algorithm", "EC", "-pkeyopt", curve, "-out", &key]);
-        run("openssl", &["req", "-x509", "-key", &key, "-subj", "/CN=test CA", "-out", &ca]);
-        authority
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn issue(&self, common_name: &str, file: &str) {
-        let subject = common_name.replace('\\', "\\\\").replace('/', "\\/").replace('+', "\\+");
-        let subject = format!("/CN={subject}");
-        let (key, ca, file) = (self.file("key"), self.file("ca"), self.file(file));
-        let sign = ["req", "-x509", "-utf8", "-key", &key, "-CA", &ca, "-CAkey", &key];
-        let usage = ["-addext", "basicConstraints=critical,CA:FALSE"];
-        run("openssl", &[&sign[..], &usage, &["-subj", &subject, "-out", &file]].concat());
-    }
-}
-
-fn keys<'a>(ca: &'a str, key: &'a str, certificate: &'a str) -> [&'a str; 6] {
-    ["--ca", ca, "--key", key, "--cert", certificate]
 }
 
 /// A client and the server (0, 1, 2) it connects to.
@@ -152,55 +138,36 @@ const CLIENTS: [(&str, usize); 15] = [
 #[test]
 fn lists_and_disconnects_real_clients() {
     let sockets = TempDir::new("sockets");
-    let authority = Authority::new();
-    authority.issue("server", "server");
-    let namespace = Namespace::new();
-    let script = authority.file("client-connect");
+    let site = Site::new();
+    let script = site.file("client-connect");
     fs::write(&script, format!("#!/bin/sh\n[ ! -e {script}-hangs ] || sleep 4\n")).unwrap();
     run("chmod", &["755", &script]);
-
-    let pools: [&[&str]; 3] = [
-        &["--server", "10.91.0.0", "255.255.255.0", "--server-ipv6", "fd91::/64"],
-        &["--server-ipv6", "fd92::/64"],
-        &["--server", "10.93.0.0", "255.255.255.0"],
-    ];
-    let ports = ["1190", "1191", "1192"];
-    let (key, ca, server) = (authority.file("key"), authority.file("ca"), authority.file("server"));
-    let mut servers = Vec::new();
-    for (index, pool) in pools.iter().enumerate() {
-        let socket = sockets.path().join(format!("default-{index}.sock"));
+    let server = |(number, pool): (usize, &str)| {
+        let socket = sockets.path().join(format!("default-{number}.sock"));
         let options = format!(
             "--dev tun --proto tcp-server --local 127.0.0.1 --topology subnet --dh none \
              --duplicate-cn --keepalive 10 60 --script-security 2 --client-connect {script} \
-             --port {} --management {} unix",
-            ports[index],
+             --port 119{number} --management {} unix {pool}",
             socket.display()
         );
-        let options: Vec<_> = options.split_whitespace().collect();
-        let options = [&options[..], &keys(&ca, &key, &server), pool].concat();
-        let log = authority.file(&format!("server-{index}.log"));
-        servers.push(Process::start(&namespace, log.into(), &options));
-    }
+        site.start(&format!("server-{number}"), "server", &options)
+    };
+    let pools = [
+        "--server 10.91.0.0 255.255.255.0 --server-ipv6 fd91::/64",
+        "--server-ipv6 fd92::/64",
+        "--server 10.93.0.0 255.255.255.0",
+    ];
+    let mut servers: Vec<_> = pools.into_iter().enumerate().map(server).collect();
     servers.iter_mut().for_each(Process::wait_ready);
-
-    let start_client = |index: usize, name: &str, server: usize| {
-        let certificate = format!("client-{index}");
-        authority.issue(name, &certificate);
-        let certificate = authority.file(&certificate);
-        // A client that loses its connection ends.
+    // A client that loses its connection ends.
+    let client = |(number, (name, server)): (usize, (&'static str, usize))| {
         let options = format!(
             "--client --dev null --proto tcp-client --nobind --ifconfig-noexec --route-noexec \
-             --remap-usr1 SIGTERM --remote 127.0.0.1 {}",
-            ports[server]
+             --remap-usr1 SIGTERM --remote 127.0.0.1 119{server}"
         );
-        let options: Vec<_> = options.split_whitespace().collect();
-        let options = [&options[..], &keys(&ca, &key, &certificate)].concat();
-        Process::start(&namespace, format!("{certificate}.log").into(), &options)
+        (name, site.start(&format!("client-{number}"), name, &options))
     };
-    let mut clients = Vec::new();
-    for (index, (name, server)) in CLIENTS.iter().enumerate() {
-        clients.push((*name, start_client(index, name, *server)));
-    }
+    let mut clients: Vec<_> = CLIENTS.into_iter().enumerate().map(client).collect();
     clients.iter_mut().for_each(|(_, client)| client.wait_ready());
 
     let daemon = Daemon::start(&["-openvpn-dir", sockets.path().to_str().unwrap()]);
@@ -209,27 +176,24 @@ fn lists_and_disconnects_real_clients() {
     check_disconnect(&daemon, &mut clients);
 
     // A process whose script hangs is no process without clients, and answers when it is over.
+    let failed = |socket| json!([{"socket": socket, "error": "did not answer within 2.5 s"}]);
     fs::write(format!("{script}-hangs"), "").unwrap();
-    let mut late = start_client(CLIENTS.len(), "late", 0);
-    wait_until("the script hangs", || {
-        list(&daemon)["failed"] == json!([{"socket": "default-0.sock", "error": NO_ANSWER}])
-    });
+    let (_, mut late) = client((CLIENTS.len(), ("late", 0)));
+    wait_until("the script hangs", || list(&daemon)["failed"] == failed("default-0.sock"));
     late.wait_ready();
     wait_until("it answers again", || list(&daemon)["failed"].is_null());
     assert_eq!(list(&daemon)["connection_list"][0]["common_name"], "late");
 
     // So with one that is stopped; one that has gone has no clients.
-    let signal = |name| run("kill", &["-s", name, &servers[0].child.id().to_string()]);
+    let signal = |name| run("kill", &["-s", name, &servers[2].child.id().to_string()]);
     signal("STOP");
-    assert_eq!(list(&daemon)["failed"], json!([{"socket": "default-0.sock", "error": NO_ANSWER}]));
+    assert_eq!(list(&daemon)["failed"], failed("default-2.sock"));
     signal("CONT");
     assert_eq!(list(&daemon)["failed"], Value::Null);
     servers.clear();
     assert_eq!(fs::read_dir(sockets.path()).unwrap().count(), 3, "their files are stale");
     assert_eq!(list(&daemon), json!({"connection_list": []}));
 }
-
-const NO_ANSWER: &str = "did not answer within 2.5 s";
 
 fn list(daemon: &Daemon) -> Value {
     daemon.get("/o/connection_list").json()
@@ -260,8 +224,7 @@ fn check_held_socket(daemon: &Daemon, socket: &Path) {
     let mut holder = UnixStream::connect(socket).unwrap();
     holder.read_exact(&mut [0; 10]).unwrap();
     for _ in 0..2 {
-        let failed = &list(daemon)["failed"];
-        assert_eq!(failed, &json!([{"socket": "default-1.sock", "error": NO_ANSWER}]));
+        assert_eq!(list(daemon)["failed"][0]["socket"], "default-1.sock");
     }
     drop(holder);
     check_list(daemon);

@@ -34,9 +34,6 @@ const MAX_EXCERPT: usize = 200;
 /// that gave up on a hanging process leave such dead ones.
 const KNOCK_AFTER: Duration = Duration::from_millis(200);
 
-/// Comes in place of the greeting, without a line end.
-const PASSWORD: &str = "ENTER PASSWORD:";
-
 /// `kill` copies what stands before the first colon into 128 bytes and reads on after them as
 /// if there had been a colon (`man_kill` in `manage.c`).
 const MAX_KILL_BYTES: usize = 127;
@@ -109,7 +106,7 @@ impl Conversation {
     fn open(socket: &Path, deadline: Instant) -> io::Result<Self> {
         let stream = Stream::connect(socket, deadline).map_err(refused)?;
         let mut conversation = Self {
-            stream: BufReader::with_capacity(16 * 1024, stream),
+            stream: BufReader::with_capacity(32 * 1024, stream),
             line: Vec::new(),
             received: 0,
             greeting: None,
@@ -119,12 +116,6 @@ impl Conversation {
             let overdue = deadline.min(Instant::now() + KNOCK_AFTER);
             conversation.stream.get_mut().deadline = overdue;
             match conversation.next_line() {
-                Ok(line) if line.starts_with(PASSWORD) => {
-                    return Err(io::Error::other(
-                        "asked for a password; remove the password file from the `management` \
-                         line of its OpenVPN configuration",
-                    ));
-                }
                 Ok(line) => match line.strip_prefix(">INFO:") {
                     Some(greeting) => conversation.greeting = Some(greeting.to_owned()),
                     None if line.starts_with('>') => {}
@@ -180,26 +171,26 @@ impl Conversation {
     /// The next line without its end; after a time-out it may be called again. U+FFFD stands for
     /// what is not UTF-8.
     fn next_line(&mut self) -> io::Result<String> {
-        loop {
-            let received = match self.stream.fill_buf() {
-                Ok([]) => return Err(self.explained(ErrorKind::UnexpectedEof.into())),
-                Ok(received) => received,
-                Err(error) => return Err(self.explained(error)),
-            };
-            let end = received.iter().position(|byte| *byte == b'\n');
-            let length = end.map_or(received.len(), |end| end + 1);
-            self.line.extend_from_slice(received.get(..length).unwrap_or_default());
-            self.stream.consume(length);
-            self.received += length;
-            within("a line", self.line.len(), MAX_LINE)?;
-            within("a reply", self.received, MAX_RECEIVED)?;
-            if end.is_some() || self.line.starts_with(PASSWORD.as_bytes()) {
-                let line = std::mem::take(&mut self.line);
-                let line = String::from_utf8_lossy(&line);
-                let line = line.strip_suffix('\n').unwrap_or(&line);
-                return Ok(line.strip_suffix('\r').unwrap_or(line).to_owned());
-            }
+        let begun = self.line.len();
+        let room = (MAX_LINE + 1).saturating_sub(begun) as u64;
+        let read = self.stream.by_ref().take(room).read_until(b'\n', &mut self.line);
+        self.received += self.line.len() - begun;
+        // This comes in place of the greeting, without a line end.
+        if self.greeting.is_none() && self.line.starts_with(b"ENTER PASSWORD:") {
+            return Err(io::Error::other(
+                "asked for a password; remove the password file from the `management` line of its \
+                 OpenVPN configuration",
+            ));
         }
+        read.map_err(|error| self.explained(error))?;
+        within("a line", self.line.len(), MAX_LINE)?;
+        within("a reply", self.received, MAX_RECEIVED)?;
+        if self.line.pop_if(|last| *last == b'\n').is_none() {
+            return Err(self.explained(ErrorKind::UnexpectedEof.into()));
+        }
+        let line = std::mem::take(&mut self.line);
+        let line = line.strip_suffix(b"\r").unwrap_or(&line);
+        Ok(String::from_utf8_lossy(line).into_owned())
     }
 
     fn explained(&self, error: io::Error) -> io::Error {

@@ -195,14 +195,15 @@ impl OpenVpn {
     /// a thread: there are never two at a socket.
     fn agents(&self, sockets: &[PathBuf]) -> Vec<Arc<SocketAgent>> {
         let mut agents = lock(&self.agents);
-        agents.retain(|socket, agent| {
-            Arc::strong_count(agent) > 1 || sockets.binary_search(socket).is_ok()
-        });
         let mut agent = |socket: &PathBuf| {
             let agent = agents.entry(socket.clone());
             agent.or_insert_with(|| Agent::new(socket.display().to_string())).clone()
         };
-        sockets.iter().map(&mut agent).collect()
+        let asked = sockets.iter().map(&mut agent).collect();
+        if agents.len() > sockets.len() {
+            agents.retain(|_, agent| Arc::strong_count(agent) > 1);
+        }
+        asked
     }
 
     /// The management sockets that are there now, sorted; a symbolic link counts if it leads to

@@ -62,8 +62,7 @@ impl Columns {
 
     /// `None` for a client without a name.
     fn client(&self, row: &str) -> Result<Option<Client>, &'static str> {
-        let fields: Vec<&str> = row.split('\t').collect();
-        let field = |at: usize| fields.get(at).copied().ok_or("a client with missing fields");
+        let field = |at: usize| row.split('\t').nth(at).ok_or("a client with missing fields");
         // A column that this version does not have is like a value that is not there (yet).
         let or_empty = |at: Option<usize>| at.map_or(Ok(""), field);
         let common_name = field(self.common_name)?;
