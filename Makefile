@@ -3,17 +3,20 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check test install deb rpm test-system demo bench
+.PHONY: build check test install deb rpm test-system test-versions test-api deny unsafe demo bench
 
+# target/release/vpn-daemon
 build:
 	$(CARGO) build --release --locked
 
+# Format, lints, documentation.
 check:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	tests/dependencies table
 
+# Every test, the kernel's WireGuard in a virtual machine among them; as root.
 test:
 	tests/install-deps
 	$(CARGO) test --locked
@@ -39,23 +42,23 @@ install:
 	install -Dm644 man/vpn-daemon.8 $(DESTDIR)$(PREFIX)/share/man/man8/vpn-daemon.8
 	test -e $(DESTDIR)$(DEFAULTS)/vpn-daemon || install -Dm644 systemd/vpn-daemon.default $(DESTDIR)$(DEFAULTS)/vpn-daemon
 
-# The profile is there for tests alone: make deb PROFILE=package-test
+# Another profile is for tests alone: make deb PROFILE=package-test
 PROFILE ?= release
 TOOLS = target/tools/bin
-
 $(TOOLS)/%:
 	$(CARGO) install --locked --root target/tools $*
 
 # The bill of materials that both packages contain.
 SBOM = target/vpn-daemon.cdx.json
-
 $(SBOM): Cargo.lock Cargo.toml tests/dependencies
 	mkdir -p target
 	tests/dependencies sbom >$@
 
+# target/debian/
 deb: $(TOOLS)/cargo-deb $(SBOM)
 	$(TOOLS)/cargo-deb --locked --profile $(PROFILE) --output target/debian/
 
+# target/generate-rpm/
 rpm: $(TOOLS)/cargo-generate-rpm $(SBOM)
 	$(CARGO) build --locked --profile $(PROFILE)
 	mkdir -p target/generate-rpm
@@ -67,27 +70,24 @@ test-system:
 	tests/system/run
 
 # Other versions of OpenVPN and of the kernel; as root.
-.PHONY: test-versions
 test-versions:
 	CARGO="$(CARGO)" tests/versions
 
 # Licences, sources and duplicates of the dependencies as deny.toml has them, and known faults where
 # the list of these can be had.
-.PHONY: deny
 deny: $(TOOLS)/cargo-deny
 	$(TOOLS)/cargo-deny --locked check licenses bans sources
 	@if $(TOOLS)/cargo-deny fetch db; then $(TOOLS)/cargo-deny --locked check advisories; \
 	else echo 'deny: NOT CHECKED for advisories: their database cannot be had here' >&2; fi
 
 # How often the crates that are linked say `unsafe`.
-.PHONY: unsafe
 unsafe: build
 	CARGO="$(CARGO)" tests/dependencies unsafe
 
 # Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
 SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 demo:
-	$(SUDO) tests/install-deps openvpn:openvpn wg:wireguard-tools wireguard-go:wireguard-go ip:iproute2 \
+	$(SUDO) tests/install-deps --only openvpn:openvpn wg:wireguard-tools wireguard-go:wireguard-go ip:iproute2 \
 		ping:iputils-ping curl:curl openssl:openssl cc:build-essential \
 		update-ca-certificates:ca-certificates
 	$(MAKE) build
@@ -100,7 +100,6 @@ bench:
 
 # openapi.yaml, the daemon and the HTTP clients of portals against each other; as root.
 # PARTS: clients, schemathesis, description.
-.PHONY: test-api
 test-api: target/api/bin/st
 	CARGO="$(CARGO)" tests/install-deps go:golang-go node:nodejs 'php:php-cli php-curl'
 	$(CARGO) build --locked
