@@ -5,8 +5,7 @@ mod agent;
 mod api;
 pub mod check;
 pub mod cli;
-pub mod head;
-pub mod listener;
+pub mod front;
 mod logging;
 mod node;
 pub mod openvpn;
@@ -34,7 +33,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use cli::{Command, Options};
-use listener::{FrontDoor, Inner, InnerDirectory};
+use front::{FrontDoor, Inner, InnerDirectory};
 
 /// Descriptors of one connection with a request under way: its socket, the connection to
 /// tiny_http, of which tiny_http holds two and the front door one, the OpenVPN directory while it is
@@ -117,7 +116,7 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let limit = raise_open_files(options.max_connections);
     let tcp = match systemd::passed_socket()? {
         Some(passed) => passed,
-        None => listener::bind_tcp(&options.listen).map_err(|error| error.to_string())?,
+        None => front::bind_tcp(&options.listen).map_err(|error| error.to_string())?,
     };
     let address = tcp.local_addr().map_err(cannot("tell the address"))?;
     let failed = |error: &io::Error| {
@@ -137,7 +136,6 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let directory = InnerDirectory::below(&parent).map_err(no_inner)?;
     let (inner, inner_listener) = Inner::open(&directory, failed).map_err(no_inner)?;
     let inner_socket = inner.socket().to_owned();
-    let alive = move |time| server::probe(&inner_socket, Instant::now() + time);
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
     let status = || systemd::status(&url, options.wg_device.as_str(), &openvpn);
@@ -148,8 +146,13 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
         lists: AtomicUsize::new(0),
     };
     server::start(inner_listener, node, failed).map_err(cannot("start the HTTP server"))?;
-    let front_door =
-        FrontDoor::open(tcp, limit, inner, tls.clone()).map_err(cannot("start the front door"))?;
+    let front_door = FrontDoor::open(tcp, limit, inner, tls.clone(), options.allow_hosts)
+        .map_err(cannot("start the front door"))?;
+    let pulse = front_door.pulse();
+    let alive = move |time| {
+        pulse(Instant::now())?;
+        server::probe(&inner_socket, Instant::now() + time)
+    };
     alive(FIRST_ANSWER_TIME).map_err(cannot("answer a request of its own"))?;
     info!("listening on {url}");
     log_findings(tls.as_deref());
@@ -162,6 +165,7 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
             Ok(Signal::SIGHUP) => {
                 notifier.reloading();
                 reload(tls.as_deref());
+                front_door.close_idle();
                 notifier.ready(&status());
             }
             last => break last.unwrap_or(GAVE_UP),

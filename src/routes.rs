@@ -43,8 +43,8 @@ pub(crate) struct Request {
     /// Path and query as sent.
     pub(crate) target: String,
     pub(crate) content_type: Option<String>,
-    /// Whether there is an `Origin` header: a browser page is calling.
-    pub(crate) has_origin: bool,
+    /// Why it is to be answered with 403, if it is.
+    pub(crate) forbidden: Option<String>,
     /// Who asks, for the log.
     pub(crate) caller: String,
 }
@@ -85,8 +85,7 @@ impl Request {
 /// Answers one request. `body` is read only by calls that take one; it yields at most as many
 /// bytes as the front door lets through for the call.
 pub(crate) fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
-    if request.has_origin {
-        let sentence = "the request carries an Origin header: this API is not for browser pages";
+    if let Some(sentence) = &request.forbidden {
         return Error::new(403, sentence).into();
     }
     let deadline = Instant::now() + BACKEND_BUDGET;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use tiny_http::{Header, Request, Response, StatusCode};
 
 use crate::api::Error;
-use crate::head;
+use crate::front::head;
 use crate::logging::warn_seldom;
 use crate::routes::{self, Answer, Node};
 use crate::threads::Threads;
@@ -48,7 +48,7 @@ pub(crate) fn start(
             warn_seldom("request thread", format_args!("no thread for a request: {error}"));
             match http.body_length() {
                 // It is still coming. The front door has the whole of a shorter one already.
-                Some(length) if length as u64 > head::MAX_FORM => drop(refusals.send(http)),
+                Some(length) if length > head::MAX_FORM => drop(refusals.send(http)),
                 _ => refuse(http),
             }
         }
@@ -81,7 +81,7 @@ fn view(http: &Request) -> routes::Request {
         method: http.method().to_string(),
         target: http.url().to_owned(),
         content_type: header("Content-Type"),
-        has_origin: header("Origin").is_some(),
+        forbidden: header(head::FORBIDDEN),
         caller: match header(head::CLIENT_NAME) {
             Some(name) if !name.is_empty() => format!("{name:?} at {address}"),
             _ => address,

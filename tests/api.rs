@@ -370,7 +370,9 @@ fn connections_are_kept_as_the_client_wishes() {
     let daemon = Daemon::start(&[]);
     let mut stream = daemon.connect();
     for target in ["/i/node", "/nothing", "/i/node"] {
-        stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
+        stream
+            .write_all(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes())
+            .unwrap();
         let answer = Answer::read(&mut stream, false).unwrap();
         assert_eq!(answer.status, if target == "/nothing" { 404 } else { 200 });
         assert_eq!(answer.header("Connection"), None);
@@ -411,7 +413,9 @@ fn the_node_answers_at_once_while_every_process_hangs_and_forty_wait() {
     let waiting: Vec<_> = (0..40)
         .map(|_| {
             let mut stream = daemon.connect();
-            stream.write_all(b"GET /o/connection_list HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            stream
+                .write_all(b"GET /o/connection_list HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                .unwrap();
             stream
         })
         .collect();

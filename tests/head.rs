@@ -2,7 +2,7 @@
 //! that what two readers could read in two ways is refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use vpn_daemon::head::{self, Checker, Head, MAX_HEAD, MAX_HEADERS, Verdict};
+use vpn_daemon::front::head::{self, Head, MAX_HEAD, MAX_HEADERS};
 
 mod oracle;
 use oracle::Oracle;
@@ -19,14 +19,14 @@ fn get(headers: &str) -> String {
 
 fn passed(oracle: &Oracle, request: &[u8]) -> Head {
     match oracle.judge(request) {
-        Verdict::Complete(head) => head,
+        Ok(Some(head)) => head,
         other => panic!("{:?}: {other:?}", String::from_utf8_lossy(request)),
     }
 }
 
 fn refused(oracle: &Oracle, request: &[u8], status: u16, word: &str) {
     match oracle.judge(request) {
-        Verdict::Refused(refusal) if refusal.status == status && refusal.reason.contains(word) => {}
+        Err(refusal) if refusal.status == status && refusal.reason.contains(word) => {}
         other => panic!("{:?}: {other:?}", String::from_utf8_lossy(request)),
     }
 }
@@ -41,7 +41,7 @@ fn the_portals_requests_pass() {
     assert_eq!(head.length, request.len() - 16);
     assert_eq!((head.method.as_str(), head.target.as_str()), ("POST", "/w/add_peer"));
     assert_eq!(head.content_length, 16);
-    assert!(head.keep_alive && head.expect_continue && !head.http10 && !head.is_head);
+    assert!(head.keep_alive && head.expect_continue && !head.http10);
     assert_eq!(
         String::from_utf8(head.rewritten(&[(head::CLIENT_ADDRESS, "192.0.2.1")])).unwrap(),
         "POST /w/add_peer HTTP/1.1\r\nHost: vpn.example.org:41194\r\n\
@@ -66,7 +66,6 @@ fn well_formed_requests_pass() {
         get("Content-Length: 0"),
         get("Host_: a\r\nX-Empty:\r\nX-Spaces: \t a \t b \t "),
         get("Origin: null\r\nOrigin: https://example.org"),
-        get("Origin:"),
         get("Transfer_Encoding: chunked\r\nTE: chunked\r\nTrailer: Host"),
         get("Connection: host, te\r\nKeep-Alive: 5\r\nProxy-Connection: upgrade"),
         "\r\nGET / HTTP/1.1\r\nHost:\r\n\r\n".into(),
@@ -86,9 +85,7 @@ fn well_formed_requests_pass() {
         "POST /w/sync_peers HTTP/1.1\r\nHost: a\r\nContent-Length: 65537\r\n\r\n".into(),
         "POST /w/sync_peers?dry_run=yes HTTP/1.0\r\nContent-Length: 33554432\r\n\r\n".into(),
     ] {
-        let head = passed(&oracle, request.as_bytes());
-        assert_eq!(head.length, request.len());
-        assert_eq!(head.is_head, request.starts_with("HEAD"));
+        assert_eq!(passed(&oracle, request.as_bytes()).length, request.len());
     }
 }
 
@@ -218,10 +215,8 @@ fn what_cannot_become_a_request_is_refused_at_once() {
     refused(&oracle, b"\n", 400, "LF");
     refused(&oracle, b"\rG", 400, "CR");
     refused(&oracle, b"GET /\xff", 400, "ASCII");
-    refused(&oracle, b"GET / HTTP/3\r\n", 400, "version");
-    refused(&oracle, b"POST / HTTP/1.1\r\nContent-Length: +5\r\n", 400, "Content-Length");
     for start in ["", "\r", "\r\n", "GET", "GET / HTTP/1.1\r\nHost: a\r\n\r"] {
-        assert_eq!(oracle.judge(start.as_bytes()), Verdict::Incomplete);
+        assert_eq!(oracle.judge(start.as_bytes()), Ok(None));
     }
 }
 
@@ -236,11 +231,11 @@ fn a_head_has_at_most_16_kib_and_100_headers() {
     for endless in ["a", "GET / HTTP/1.1\r\nX: ", "GET / HTTP/1.1\r\n"] {
         let mut buffer = endless.as_bytes().to_vec();
         buffer.resize(MAX_HEAD - 1, b'a');
-        assert_eq!(oracle.judge(&buffer), Verdict::Incomplete);
+        assert_eq!(oracle.judge(&buffer), Ok(None));
         buffer.push(b'a');
         refused(&oracle, &buffer, 431, "16 KiB");
         buffer.extend_from_slice(b"\0 and 1 MiB more".repeat(1 << 16).as_slice());
-        assert!(matches!(head::check(&buffer), Verdict::Refused(refusal) if refusal.status == 431));
+        assert_eq!(head::check(&buffer, 0).unwrap_err().status, 431);
     }
 
     let most = "X: y\r\n".repeat(MAX_HEADERS - 1);
@@ -256,13 +251,6 @@ fn the_head_ends_where_the_body_or_the_next_request_begins() {
     let hidden = post("Content-Length: 40");
     let both = format!("{hidden}{}", get("X: hidden in the body"));
     assert_eq!(passed(&oracle, both.as_bytes()).length, hidden.len());
-
-    // One checker serves a whole connection.
-    let mut checker = Checker::default();
-    let mut rest = both.as_bytes();
-    let Verdict::Complete(head) = checker.check(rest) else { panic!("not passed") };
-    rest = &rest[head.length + 40..];
-    assert_eq!(checker.check(rest), head::check(rest));
 }
 
 #[test]
@@ -277,8 +265,25 @@ fn the_client_decides_whether_the_connection_is_kept() {
         ("1.0", "Connection: close, keep-alive\r\n", false),
     ] {
         let request = format!("GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n");
-        let Verdict::Complete(head) = head::check(request.as_bytes()) else { panic!("{request}") };
+        let head = head::check(request.as_bytes(), 0).unwrap().unwrap();
         assert_eq!(head.keep_alive, kept, "{request}");
+    }
+}
+
+#[test]
+fn browser_pages_are_told_from_programs() {
+    let oracle = Oracle::new();
+    for (header, name) in [
+        ("Origin: null", Some("Origin")),
+        ("origin:", Some("Origin")),
+        ("SEC-fetch-site: same-origin", Some("Sec-Fetch-Site")),
+        ("Sec-Fetch-Site:", Some("Sec-Fetch-Site")),
+        ("Sec-Fetch-Site: none\r\nSec-Fetch-Mode: navigate", None),
+        ("X-Vpn-Daemon-Forbidden: forged", None),
+    ] {
+        let forbidden = passed(&oracle, get(header).as_bytes()).forbidden;
+        assert_eq!(forbidden.is_some(), name.is_some(), "{header}");
+        assert!(forbidden.unwrap_or_default().contains(name.unwrap_or_default()), "{header}");
     }
 }
 
@@ -305,6 +310,6 @@ fn the_fuzzers_seeds_agree() {
     let files: Vec<_> = std::fs::read_dir(seeds).unwrap().collect();
     assert!(!files.is_empty());
     for file in files {
-        oracle.judge(&std::fs::read(file.unwrap().path()).unwrap());
+        let _ = oracle.judge(&std::fs::read(file.unwrap().path()).unwrap());
     }
 }

@@ -114,7 +114,7 @@ fn the_longest_bodies_cost_less_than_four_times_their_length() {
 fn a_body_that_stays_away_keeps_nobody_waiting() {
     let daemon = Daemon::start(&[]);
     let head = format!(
-        "POST /w/sync_peers HTTP/1.1\r\nHost: node\r\n{JSON}\r\nContent-Length: 33554432\r\n\r\n"
+        "POST /w/sync_peers HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nContent-Length: 33554432\r\n\r\n"
     );
     let begun: Vec<_> = (0..40)
         .map(|_| {

@@ -235,7 +235,7 @@ fn a_passed_socket_that_cannot_be_used_is_named() {
 fn ask(address: SocketAddr) -> std::io::Result<u16> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(b"GET /i/node HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+    stream.write_all(b"GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
     let status = Answer::read(&mut stream, false)?.status;
     assert_eq!(stream.read(&mut [0])?, 0);
     Ok(status)

@@ -110,7 +110,6 @@ impl Tls {
 
     /// How often the credentials have been replaced. Who asks for it before [`Tls::config`] never
     /// takes an old configuration for a new one.
-    #[allow(dead_code)]
     pub(crate) fn generation(&self) -> u64 {
         lock(&self.current).generation
     }

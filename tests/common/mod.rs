@@ -191,7 +191,7 @@ impl Daemon {
 
     /// Any request, with `Content-Length` where there is a body or the method is POST.
     pub fn call(&self, method: &str, target: &str, headers: &[&str], body: &[u8]) -> Answer {
-        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: node\r\n");
+        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
         for header in headers {
             request += &format!("{header}\r\n");
         }

@@ -145,7 +145,7 @@ fn a_daemon_without_its_http_server_ends() {
         limit_open_files(daemon.open_files() + spare);
         for connection in &mut connections {
             // Who is served and who is dropped is left to chance.
-            let _ = connection.write_all(b"Host: n\r\n\r\n");
+            let _ = connection.write_all(b"Host: localhost\r\n\r\n");
         }
         for connection in &mut connections {
             let _ = Answer::read(connection, false);
@@ -190,7 +190,8 @@ fn forged_names_are_not_believed() {
         assert_eq!(connection.ask(&request.replace("Host", &format!("{forged}Host"))).status, 204);
         openvpn.join().unwrap();
         let line = site.daemon.wait_for_log("asked by");
-        let who = if site.client.is_some() { format!("portal at {own}") } else { own.to_string() };
+        let who =
+            if site.client.is_some() { format!("\"portal\" at {own}") } else { own.to_string() };
         assert!(line.ends_with(&format!("asked by {who}")), "{line}");
         let log = site.daemon.log().concat();
         assert!(!log.contains("mallory") && !log.contains("192.0.2.66"), "{log}");

@@ -1,6 +1,7 @@
 //! The front door of the real daemon: hostile heads, floods, deadlines and TLS.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod attack;
 #[path = "../common/mod.rs"]
 mod common;
 mod https;
@@ -90,10 +91,14 @@ impl Site {
 
     /// After the handshake, if there is one.
     fn connect(&self) -> Box<dyn Connection> {
-        match &self.client {
+        self.try_connect().unwrap()
+    }
+
+    fn try_connect(&self) -> std::io::Result<Box<dyn Connection>> {
+        Ok(match &self.client {
             None => Box::new(self.daemon.connect()),
-            Some(client) => Box::new(shake_hands(client, self.daemon.connect()).unwrap()),
-        }
+            Some(client) => Box::new(shake_hands(client, self.daemon.connect())?),
+        })
     }
 
     /// On a connection of its own.
@@ -102,10 +107,11 @@ impl Site {
     }
 
     /// For times when the daemon may cut a connection.
-    fn ask_if_possible(&self, request: &str) -> Option<Answer> {
-        let mut stream = self.daemon.connect();
-        stream.write_all(request.as_bytes()).ok()?;
-        Answer::read(&mut stream, false).ok()
+    fn try_ask(&self, request: &str) -> std::io::Result<Answer> {
+        let mut connection = self.try_connect()?;
+        connection.write_all(request.as_bytes())?;
+        connection.flush()?;
+        Answer::read(&mut *connection, false)
     }
 
     fn serves(&self) {
@@ -157,12 +163,12 @@ fn shake_hands(client: &Arc<ClientConfig>, mut stream: TcpStream) -> std::io::Re
     Ok(StreamOwned::new(connection, stream))
 }
 
-const NODE: &str = "GET /i/node HTTP/1.1\r\nHost: node\r\n\r\n";
-const CONNECTIONS: &str = "GET /o/connection_list HTTP/1.1\r\nHost: node\r\n\r\n";
+const NODE: &str = "GET /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n";
+const CONNECTIONS: &str = "GET /o/connection_list HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 fn post(target: &str, body: &str) -> String {
     format!(
-        "POST {target} HTTP/1.1\r\nHost: node\r\n\
+        "POST {target} HTTP/1.1\r\nHost: localhost\r\n\
          Content-Type: application/x-www-form-urlencoded\r\n\
          Content-Length: {}\r\n\r\n{body}",
         body.len()

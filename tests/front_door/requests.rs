@@ -8,104 +8,120 @@ use super::common::Answer;
 use super::{NODE, Site, post};
 
 /// Hidden behind a refused request: must never be answered.
-const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: node\r\n\r\n";
+const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 const TABLE: &[(&str, u16, &str)] = &[
     // Framing: two readers could disagree where the body ends.
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         400,
         "Transfer-Encoding",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
         400,
         "Transfer-Encoding",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         411,
         "Transfer-Encoding",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: identity\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: identity\r\n\r\n",
         411,
         "Transfer-Encoding",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nTRANSFER-ENCODING:\tchunked\r\n\r\n0\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTRANSFER-ENCODING:\tchunked\r\n\r\n0\r\n\r\n",
         411,
         "Transfer-Encoding",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
         400,
         "white space",
     ),
     (
-        "GET /i/node HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "GET /i/node HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         400,
         "Transfer-Encoding",
     ),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\n\r\n", 411, "Content-Length"),
+    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\n\r\n", 411, "Content-Length"),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 0\r\nContent-Length: 40\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 40\r\n\r\n",
         400,
         "repeated",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n",
         400,
         "repeated",
     ),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 5, 5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: +5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: -5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 0x5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 5 5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length:\r\n\r\n", 400, "decimal"),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5, 5\r\n\r\n",
+        400,
+        "decimal",
+    ),
+    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: +5\r\n\r\n", 400, "decimal"),
+    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400, "decimal"),
+    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0x5\r\n\r\n", 400, "decimal"),
+    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5 5\r\n\r\n", 400, "decimal"),
+    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length:\r\n\r\n", 400, "decimal"),
+    (
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
         413,
         "64 KiB",
     ),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 100000000000000\r\n\r\n",
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000000000\r\n\r\n",
         413,
         "64 KiB",
     ),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: n\r\nContent-Length: 65537\r\n\r\n", 413, "64 KiB"),
-    ("POST /w/sync_peers HTTP/1.1\r\nHost: n\r\nContent-Length: 33554433\r\n\r\n", 413, "32 MiB"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nContent-Length: 40\r\n\r\n", 400, "no body"),
+    (
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65537\r\n\r\n",
+        413,
+        "64 KiB",
+    ),
+    (
+        "POST /w/sync_peers HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33554433\r\n\r\n",
+        413,
+        "32 MiB",
+    ),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n", 400, "no body"),
     // Lines: where one ends and the next begins.
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nX: a\r\n folded: b\r\n\r\n", 400, "folded"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\n\tX: a\r\n\r\n", 400, "folded"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: a\r\n folded: b\r\n\r\n", 400, "folded"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\n\tX: a\r\n\r\n", 400, "folded"),
     ("GET /i/node HTTP/1.1\r\nHost : n\r\n\r\n", 400, "white space"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nX\0: a\r\n\r\n", 400, "control"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nX: \0\r\n\r\n", 400, "control"),
-    ("GET /i/node\0 HTTP/1.1\r\nHost: n\r\n\r\n", 400, "control"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX\0: a\r\n\r\n", 400, "control"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: \0\r\n\r\n", 400, "control"),
+    ("GET /i/node\0 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "control"),
     ("GET /i/node HTTP/1.1\nHost: n\n\n", 400, "LF"),
     ("GET /i/node HTTP/1.1\r\nHost: n\n\r\n\r\n", 400, "LF"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nX: a\rContent-Length: 5\r\n\r\n", 400, "CR"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nno colon\r\n\r\n", 400, "colon"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\n: no name\r\n\r\n", 400, "token"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nX(): a\r\n\r\n", 400, "token"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nX: \u{e9}\r\n\r\n", 400, "ASCII"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: a\rContent-Length: 5\r\n\r\n", 400, "CR"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400, "colon"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\n: no name\r\n\r\n", 400, "token"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX(): a\r\n\r\n", 400, "token"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: \u{e9}\r\n\r\n", 400, "ASCII"),
     // The request line and what else is not ours.
-    ("GET /i/node\r\nHost: n\r\n\r\n", 400, "request line"),
-    ("GET  /i/node HTTP/1.1\r\nHost: n\r\n\r\n", 400, "request line"),
-    ("GET /i/node HTTP/1.1 \r\nHost: n\r\n\r\n", 400, "request line"),
-    ("GET /i/node HTTP/2.0\r\nHost: n\r\n\r\n", 400, "version"),
-    ("GET /i/node http/1.1\r\nHost: n\r\n\r\n", 400, "version"),
-    ("GET http://n/i/node HTTP/1.1\r\nHost: n\r\n\r\n", 400, "slash"),
-    ("CONNECT n:443 HTTP/1.1\r\nHost: n\r\n\r\n", 400, "slash"),
-    ("\r\n\r\nGET /i/node HTTP/1.1\r\nHost: n\r\n\r\n", 400, "request line"),
+    ("GET /i/node\r\nHost: localhost\r\n\r\n", 400, "request line"),
+    ("GET  /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "request line"),
+    ("GET /i/node HTTP/1.1 \r\nHost: localhost\r\n\r\n", 400, "request line"),
+    ("GET /i/node HTTP/2.0\r\nHost: localhost\r\n\r\n", 400, "version"),
+    ("GET /i/node http/1.1\r\nHost: localhost\r\n\r\n", 400, "version"),
+    ("GET http://n/i/node HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "slash"),
+    ("CONNECT n:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "slash"),
+    ("\r\n\r\nGET /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "request line"),
     ("GET /i/node HTTP/1.1\r\n\r\n", 400, "Host"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nHost: m\r\n\r\n", 400, "Host"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nUpgrade: h2c\r\n\r\n", 400, "upgrad"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\r\nConnection: keep-alive, Upgrade\r\n\r\n", 400, "upgrad"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nHost: m\r\n\r\n", 400, "Host"),
+    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\n\r\n", 400, "upgrad"),
     (
-        "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nExpect: tea\r\nContent-Length: 5\r\n\r\n",
+        "GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Upgrade\r\n\r\n",
+        400,
+        "upgrad",
+    ),
+    (
+        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\nContent-Length: 5\r\n\r\n",
         400,
         "Expect",
     ),
@@ -162,13 +178,16 @@ fn a_refused_request_ends_a_connection_that_served_others() {
 fn heads_and_bodies_at_their_limits() {
     for site in Site::both(&[]) {
         let head = |filler: usize| {
-            let start = "GET /i/node HTTP/1.1\r\nHost: n\r\nX: ";
+            let start = "GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: ";
             format!("{start}{}\r\n\r\n", "a".repeat(filler - start.len() - 4))
         };
         assert_eq!(site.ask(&head(16 * 1024)).status, 200);
         assert_eq!(site.ask(&head(16 * 1024 + 1)).status, 431);
         let headers = |count: usize| {
-            format!("GET /i/node HTTP/1.1\r\nHost: n\r\n{}\r\n", "X: a\r\n".repeat(count - 1))
+            format!(
+                "GET /i/node HTTP/1.1\r\nHost: localhost\r\n{}\r\n",
+                "X: a\r\n".repeat(count - 1)
+            )
         };
         assert_eq!(site.ask(&headers(100)).status, 200);
         assert_eq!(site.ask(&headers(101)).status, 431);
@@ -288,7 +307,7 @@ fn who_waits_for_100_gets_it_before_the_body_is_read() {
         assert_eq!(connection.ask(&body).status, 204);
         // Refused at once, without the body.
         let mut connection = site.connect();
-        let head = "POST /w/add_peer HTTP/1.1\r\nHost: n\r\nExpect: 100-continue\r\n\
+        let head = "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\
                     Content-Length: 70000\r\n\r\n";
         assert_eq!(connection.ask(head).status, 413);
         connection.ends();

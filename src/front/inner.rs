@@ -4,10 +4,12 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use nix::unistd::mkdtemp;
+
+use crate::lock;
 
 /// No handler takes this long: a wait beyond it is a defect, not a slow backend.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -19,11 +21,11 @@ const PROOF_TIME: Duration = Duration::from_secs(1);
 const KEPT: usize = 4;
 
 /// A directory of mode 0700 for the inner socket; removed when dropped, and the socket with it.
-pub struct InnerDirectory(PathBuf);
+pub(crate) struct InnerDirectory(PathBuf);
 
 impl InnerDirectory {
     /// Makes it below `parent`.
-    pub fn below(parent: &Path) -> io::Result<Self> {
+    pub(crate) fn below(parent: &Path) -> io::Result<Self> {
         Ok(Self(mkdtemp(&parent.join("vpn-daemon.XXXXXX"))?))
     }
 
@@ -42,7 +44,7 @@ impl Drop for InnerDirectory {
 }
 
 /// The inner socket and the connections to it that wait for a request.
-pub struct Inner {
+pub(crate) struct Inner {
     socket: PathBuf,
     idle: Mutex<Idle>,
     /// Held while a new connection is proven.
@@ -61,7 +63,7 @@ struct Idle {
 impl Inner {
     /// Listens in the directory. `gone` is called when nobody listens any more: tiny_http's
     /// accepting thread panics when it runs out of descriptors or threads, and tells nobody.
-    pub fn open(
+    pub(crate) fn open(
         directory: &InnerDirectory,
         gone: impl Fn(&io::Error) + Send + Sync + 'static,
     ) -> io::Result<(Self, UnixListener)> {
@@ -76,14 +78,14 @@ impl Inner {
     }
 
     /// Where tiny_http listens.
-    pub fn socket(&self) -> &Path {
+    pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// A connection without a request under way.
     pub(super) fn take(&self) -> io::Result<UnixStream> {
         let idle = {
-            let mut idle = self.idle();
+            let mut idle = lock(&self.idle);
             let stream = idle.streams.pop();
             idle.unused = idle.unused.min(idle.streams.len());
             stream
@@ -94,7 +96,7 @@ impl Inner {
         // tiny_http counts a thread as free until it has woken up: of connections that come at
         // once some would wait until another one is closed. So one comes at a time, and is used
         // when it has been answered once.
-        let _one = self.connecting.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = lock(&self.connecting);
         let stream = self.prove().or_else(|_| self.prove())?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -112,7 +114,7 @@ impl Inner {
         while !answer.ends_with(b"\r\n\r\n") {
             match stream.read(&mut piece)? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => answer.extend_from_slice(piece.get(..count).unwrap_or_default()),
+                count => answer.extend_from_slice(&piece[..count]),
             }
             if answer.len() > 4 * piece.len() {
                 return Err(io::ErrorKind::InvalidData.into());
@@ -136,23 +138,19 @@ impl Inner {
 
     /// Takes back a connection whose answer has been read to its last byte.
     pub(super) fn give_back(&self, stream: UnixStream) {
-        self.idle().streams.push(stream);
+        lock(&self.idle).streams.push(stream);
     }
 
     /// Closes all but a few of the connections that nobody has needed since the last call. Whether
     /// only these few are left.
     pub(super) fn trim(&self) -> bool {
-        let mut idle = self.idle();
+        let mut idle = lock(&self.idle);
         let kept = idle.streams.len() - idle.unused.saturating_sub(KEPT).min(idle.streams.len());
         let surplus = idle.streams.split_off(kept);
         idle.unused = kept;
         drop(idle);
         drop(surplus);
         kept <= KEPT
-    }
-
-    fn idle(&self) -> std::sync::MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -187,12 +185,12 @@ mod tests {
         let streams: Vec<_> = (0..20).map(|_| inner.take().unwrap()).collect();
         streams.into_iter().for_each(|stream| inner.give_back(stream));
         inner.trim();
-        assert_eq!(inner.idle().streams.len(), 20, "all were needed a moment ago");
+        assert_eq!(lock(&inner.idle).streams.len(), 20, "all were needed a moment ago");
         let needed: Vec<_> = (0..10).map(|_| inner.take().unwrap()).collect();
         needed.into_iter().for_each(|stream| inner.give_back(stream));
         inner.trim();
-        assert_eq!(inner.idle().streams.len(), 10 + KEPT);
+        assert_eq!(lock(&inner.idle).streams.len(), 10 + KEPT);
         inner.trim();
-        assert_eq!(inner.idle().streams.len(), KEPT);
+        assert_eq!(lock(&inner.idle).streams.len(), KEPT);
     }
 }

@@ -1,0 +1,496 @@
+//! One connection: handshake, head, body, answer. tiny_http is given what is known to be harmless.
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use log::error;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
+use rustls::{ServerConfig, ServerConnection};
+
+use super::Door;
+use super::head::{self, Head, Refusal};
+use super::table::{Phase, Place};
+use crate::api::error_body;
+use crate::logging::warn_seldom;
+use crate::tls::{self, Tls};
+
+/// For a TLS handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
+/// From the first byte of a head to its end.
+const HEAD_TIME: Duration = Duration::from_secs(10);
+/// From the end of the head to the end of the body.
+const BODY_TIME: Duration = Duration::from_secs(20);
+/// Without a byte, before and between requests.
+const IDLE_TIME: Duration = Duration::from_secs(60);
+/// From the end of the request until the client has taken the whole answer. The daemon has it after
+/// 3 s.
+const ANSWER_TIME: Duration = Duration::from_secs(20);
+/// For a client that was refused to read why, before the connection is cut.
+const FAREWELL_TIME: Duration = Duration::from_secs(2);
+/// After this, a connection is not kept.
+const LIFE_TIME: Duration = Duration::from_secs(600);
+
+/// A body up to this size is complete before tiny_http sees its request, so that a client that
+/// sends slowly occupies nothing but its own connection.
+const WHOLE_BODY: usize = head::MAX_FORM;
+
+/// tiny_http's answers have a head of a few lines.
+const MAX_ANSWER_HEAD: usize = 8 * 1024;
+
+const PIECE: usize = 16 * 1024;
+
+/// Who has come in.
+pub(super) struct Visitor {
+    pub(super) socket: Arc<TcpStream>,
+    pub(super) address: SocketAddr,
+    pub(super) place: Place,
+    /// When the handshake has to be over, or the first request to begin.
+    pub(super) deadline: Instant,
+}
+
+/// By when a new client has to have said something.
+pub(super) fn first_deadline(tls: bool) -> Instant {
+    Instant::now() + if tls { HANDSHAKE_TIME } else { IDLE_TIME }
+}
+
+/// Answers the requests of one client until the connection ends.
+pub(super) fn serve(door: &Door, visitor: &Visitor) {
+    let Visitor { socket, address, place, deadline } = visitor;
+    let mut stream = Stream { socket: Socket { tcp: socket, place, heard: false }, tls: None };
+    let generation = door.tls.as_deref().map(Tls::generation);
+    if let Some(tls) = door.tls.as_deref()
+        && let Err(error) = stream.shake_hands(tls.config())
+    {
+        // A socket that is shut down under the handshake looks like a client that left.
+        let timed_out = Instant::now() >= *deadline;
+        let error = if timed_out { io::ErrorKind::TimedOut.into() } else { error };
+        let (kind, sentence) = tls::refusal(&error);
+        warn_seldom(&kind, format_args!("refused handshake of {address}: {sentence}"));
+        // The alert that says why is sent already; what the client sends meanwhile must not reset
+        // the connection before it is read.
+        return stream.farewell();
+    }
+    let certificate = stream.tls.as_ref().and_then(|tls| tls.peer_certificates()?.first());
+    let validity = certificate.and_then(tls::certificate::validity);
+    let name = certificate.and_then(tls::certificate::common_name);
+    let left =
+        validity.map(|of| of.not_after.duration_since(SystemTime::now()).unwrap_or_default());
+    let mut connection = Connection {
+        door,
+        place,
+        address: address.to_string(),
+        name: name.map(|name| name.escape_default().to_string()),
+        generation,
+        ends: Instant::now() + left.unwrap_or(LIFE_TIME).min(LIFE_TIME),
+        stream,
+        buffer: Vec::new(),
+    };
+    // An error means that the client has gone, was too slow or lost its place to another.
+    let _ = connection.run();
+}
+
+struct Connection<'a> {
+    door: &'a Door,
+    place: &'a Place,
+    stream: Stream<'a>,
+    /// The client's address and port.
+    address: String,
+    /// Common name of the client's certificate.
+    name: Option<String>,
+    /// Of the credentials by which it has been let in.
+    generation: Option<u64>,
+    /// When its certificate or its life is over.
+    ends: Instant,
+    /// What the client has sent and no request has taken yet.
+    buffer: Vec<u8>,
+}
+
+impl Connection<'_> {
+    fn run(&mut self) -> io::Result<()> {
+        if self.generation.is_some() {
+            self.enter(Phase::Arriving, IDLE_TIME)?;
+        }
+        loop {
+            // Over TLS an error as well: the place is lost, or the client has gone silently.
+            if self.buffer.is_empty() && !matches!(self.receive(PIECE), Ok(1..)) {
+                return self.leave();
+            }
+            let mut head = match self.read_head()? {
+                Ok(head) => head,
+                Err(refusal) => {
+                    let is_head = self.buffer.trim_ascii_start().starts_with(b"HEAD ");
+                    return self.refuse(refusal.status, refusal.reason, is_head);
+                }
+            };
+            if head.forbidden.is_none() && self.has_foreign_host(&head)? {
+                head.forbidden = Some(FOREIGN_HOST);
+            }
+            let body_deadline = Instant::now() + BODY_TIME;
+            self.read_whole_body(&head, body_deadline)?;
+            if !self.is_current() {
+                return self.leave();
+            }
+            if !self.place.begin(Instant::now() + ANSWER_TIME)? {
+                let sentence = "the connection limit is reached; try again";
+                return self.refuse(503, sentence, head.method == "HEAD");
+            }
+            if !self.answer(&head, body_deadline)? {
+                return self.leave();
+            }
+            let idle = Instant::now() + IDLE_TIME;
+            if self.place.enter(Phase::Idle, idle.min(self.ends)).is_err() {
+                return self.leave();
+            }
+        }
+    }
+
+    fn enter(&self, phase: Phase, time: Duration) -> io::Result<()> {
+        self.place.enter(phase, Instant::now() + time)
+    }
+
+    /// Whether the credentials in force are those that the client was let in by. Nobody who has
+    /// been revoked since is answered.
+    fn is_current(&self) -> bool {
+        self.generation == self.door.tls.as_deref().map(Tls::generation)
+    }
+
+    /// Whether a browser may be asking for a page whose host name has been turned to this address
+    /// (DNS rebinding): without TLS, on a loopback address, only a program of this host is to ask.
+    fn has_foreign_host(&self, head: &Head) -> io::Result<bool> {
+        Ok(self.generation.is_none()
+            && head.host.as_deref().is_some_and(|host| !is_own(host, &self.door.allow_hosts))
+            && self.stream.socket.tcp.local_addr()?.ip().to_canonical().is_loopback())
+    }
+
+    /// Appends what has arrived, at most `limit` bytes, to the buffer; 0 at the end of the stream.
+    fn receive(&mut self, limit: usize) -> io::Result<usize> {
+        let start = self.buffer.len();
+        self.buffer.resize(start + limit.min(PIECE), 0);
+        let result = loop {
+            match self.stream.read(&mut self.buffer[start..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result,
+            }
+        };
+        self.buffer.truncate(start + *result.as_ref().unwrap_or(&0));
+        result
+    }
+
+    /// Receives until the buffer holds `wanted` bytes or more.
+    fn receive_up_to(&mut self, wanted: usize) -> io::Result<()> {
+        while self.buffer.len() < wanted {
+            if self.receive(wanted - self.buffer.len())? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn read_head(&mut self) -> io::Result<Result<Head, Refusal>> {
+        let mut seen = 0;
+        loop {
+            match head::check(&self.buffer, seen) {
+                Ok(Some(head)) => return Ok(Ok(head)),
+                Err(refusal) => return Ok(Err(refusal)),
+                Ok(None) if seen == 0 => self.enter(Phase::Arriving, HEAD_TIME)?,
+                Ok(None) => {}
+            }
+            seen = self.buffer.len();
+            if self.receive(PIECE)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+
+    /// Reads the body, or the beginning of a long one, into the buffer behind the head.
+    fn read_whole_body(&mut self, head: &Head, deadline: Instant) -> io::Result<()> {
+        if self.buffer.len() >= head.length + head.content_length {
+            return Ok(());
+        }
+        self.place.enter(Phase::Arriving, deadline)?;
+        if head.expect_continue {
+            self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+            self.stream.flush()?;
+        }
+        self.receive_up_to(head.length + head.content_length.min(WHOLE_BODY))
+    }
+
+    /// Passes the request on and the answer back. Whether the connection is kept.
+    fn answer(&mut self, head: &Head, body_deadline: Instant) -> io::Result<bool> {
+        let available = head.content_length.min(self.buffer.len() - head.length);
+        let left = head.content_length - available;
+        let mut extra = vec![(head::CLIENT_ADDRESS, self.address.as_str())];
+        extra.extend(self.name.as_deref().map(|name| (head::CLIENT_NAME, name)));
+        extra.extend(head.forbidden.map(|reason| (head::FORBIDDEN, reason)));
+        let mut request = head.rewritten(&extra);
+        request.extend(self.buffer.drain(..head.length + available).skip(head.length));
+        let mut inner = match self.door.inner.take() {
+            Ok(inner) => inner,
+            Err(error) => {
+                error!("no connection to the HTTP server: {error}");
+                let sentence = "the daemon has run out of resources; try again";
+                self.refuse(503, sentence, head.method == "HEAD")?;
+                return Ok(false);
+            }
+        };
+        let sent = inner.write_all(&request);
+        drop(request);
+        if sent.is_ok() && left > 0 {
+            self.place.enter(Phase::Arriving, body_deadline)?;
+            let copied = io::copy(&mut (&mut self.stream).take(left as u64), &mut inner)?;
+            if copied < left as u64 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.enter(Phase::UnderWay, ANSWER_TIME)?;
+        }
+        let answer = match sent.and_then(|()| AnswerHead::read(&mut inner, head)) {
+            Ok(answer) => answer,
+            Err(error) => {
+                error!("the HTTP server gave no answer: {error}");
+                drop(inner);
+                self.door.inner.probe();
+                let sentence = "internal error; see the log of the daemon";
+                self.refuse(500, sentence, head.method == "HEAD")?;
+                return Ok(false);
+            }
+        };
+        let in_time = Instant::now() < self.ends;
+        let keep = head.keep_alive && in_time && self.place.is_kept() && self.is_current();
+        let mut piece = answer.outer_head(head, keep);
+        piece.extend(answer.body_start);
+        let (mut filled, mut left) = (piece.len(), answer.body_left);
+        while left > 0 {
+            self.stream.write_all(&piece[..filled])?;
+            let limit = left.min(4 * PIECE);
+            // It grows once: zeros for each piece would be more work than the piece.
+            piece.resize(piece.len().max(limit), 0);
+            filled = inner.read(&mut piece[..limit])?;
+            if filled == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            left -= filled;
+        }
+        // Over the rest the client may take its time.
+        self.door.inner.give_back(inner);
+        self.stream.write_all(&piece[..filled])?;
+        self.stream.flush()?;
+        Ok(keep)
+    }
+
+    /// Answers with an error and ends the connection; what else the client sends is thrown away.
+    fn refuse(&mut self, status: u16, sentence: &str, is_head: bool) -> io::Result<()> {
+        let body = error_body(sentence);
+        let reason = tiny_http::StatusCode(status).default_reason_phrase();
+        let mut answer = format!(
+            "HTTP/1.1 {status} {reason}\r\nServer: vpn-daemon\r\n\
+             Content-Type: application/json\r\nCache-Control: no-store\r\n\
+             Content-Length: {}\r\nConnection: close\r\n\r\n",
+            body.len()
+        );
+        if !is_head {
+            answer.push_str(&body);
+        }
+        self.enter(Phase::UnderWay, FAREWELL_TIME)?;
+        self.stream.write_all(answer.as_bytes())?;
+        self.stream.flush()?;
+        self.leave()
+    }
+
+    /// Closes the connection once the client has read its answer, or at once where its place is
+    /// lost.
+    fn leave(&mut self) -> io::Result<()> {
+        match self.enter(Phase::Arriving, FAREWELL_TIME) {
+            Ok(()) => self.stream.farewell(),
+            Err(_) => self.stream.finish(),
+        }
+        Ok(())
+    }
+}
+
+const FOREIGN_HOST: &str = "the header Host is neither localhost nor a loopback address: without \
+                            TLS, a browser page may be asking; -allow-host allows another name";
+
+/// Whether the header `Host` names this host, or what `-allow-host` allows.
+fn is_own(host: &str, allowed: &[String]) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let v6 = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+    let loopback = match v6 {
+        Some(v6) => v6.parse().is_ok_and(|address: Ipv6Addr| address.is_loopback()),
+        None => name.parse().is_ok_and(|address: Ipv4Addr| address.is_loopback()),
+    };
+    loopback
+        || name.eq_ignore_ascii_case("localhost")
+        || allowed.iter().any(|allowed| name.eq_ignore_ascii_case(allowed))
+}
+
+/// The client's socket. The table hears of its first byte, and when it is not taking its answer.
+struct Socket<'a> {
+    tcp: &'a TcpStream,
+    place: &'a Place,
+    heard: bool,
+}
+
+impl Read for Socket<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.tcp.read(buffer)?;
+        if count > 0 && !std::mem::replace(&mut self.heard, true) {
+            self.place.hear()?;
+        }
+        Ok(count)
+    }
+}
+
+impl Write for Socket<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(self.tcp.as_raw_fd(), buffer, flags) {
+            Err(Errno::EAGAIN) => {
+                self.place.stall(true)?;
+                let written = self.tcp.write(buffer);
+                self.place.stall(false)?;
+                written
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The connection to a client, plain or TLS.
+struct Stream<'a> {
+    socket: Socket<'a>,
+    tls: Option<ServerConnection>,
+}
+
+impl Stream<'_> {
+    fn shake_hands(&mut self, config: Arc<ServerConfig>) -> io::Result<()> {
+        let mut tls = ServerConnection::new(config).map_err(io::Error::other)?;
+        while tls.is_handshaking() {
+            tls.complete_io(&mut self.socket)?;
+        }
+        self.tls = Some(tls);
+        Ok(())
+    }
+
+    /// Tells the client that nothing more comes. Where the place is lost, it does not wait.
+    fn finish(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.send_close_notify();
+        }
+        // An error means that the client was faster.
+        let _ = self.flush();
+        let _ = self.socket.tcp.shutdown(Shutdown::Write);
+    }
+
+    /// Closing a socket with unread bytes resets it, and the client may lose what it was told:
+    /// reads on until the client closes or its place in the table is taken back.
+    fn farewell(&mut self) {
+        self.finish();
+        let mut piece = [0; 4096];
+        while matches!(self.read(&mut piece), Ok(1..)) {}
+    }
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.tls {
+            None => self.socket.read(buffer),
+            Some(tls) => rustls::Stream::new(tls, &mut self.socket).read(buffer),
+        }
+    }
+}
+
+impl Write for Stream<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        match &mut self.tls {
+            None => self.socket.write(buffer),
+            Some(tls) => rustls::Stream::new(tls, &mut self.socket).write(buffer),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.tls {
+            None => Ok(()),
+            Some(tls) => rustls::Stream::new(tls, &mut self.socket).flush(),
+        }
+    }
+}
+
+/// The head of an answer from tiny_http, and what came with it of the body.
+struct AnswerHead {
+    text: String,
+    body_start: Vec<u8>,
+    /// Bytes of the body that are still to be read.
+    body_left: usize,
+}
+
+impl AnswerHead {
+    /// Reads the answer to `head`.
+    fn read(inner: &mut UnixStream, head: &Head) -> io::Result<Self> {
+        let mut bytes = Vec::with_capacity(1024);
+        let mut piece = [0; 4096];
+        let end = loop {
+            let count = inner.read(&mut piece)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            bytes.extend_from_slice(&piece[..count]);
+            if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
+                break end + 2;
+            }
+            if bytes.len() > MAX_ANSWER_HEAD {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+        };
+        let body_start = bytes.split_off(end + 2);
+        bytes.truncate(end);
+        let text = String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+        let mut answer = Self { text, body_start, body_left: 0 };
+        // More than its length would be taken for the beginning of the next answer.
+        let left = answer.body_length(head).checked_sub(answer.body_start.len());
+        answer.body_left = left.ok_or(io::ErrorKind::InvalidData)?;
+        Ok(answer)
+    }
+
+    fn has_no_content(&self) -> bool {
+        self.text.get(9..12) == Some("204")
+    }
+
+    /// Bytes of the body that follow. The handlers always give a length.
+    fn body_length(&self, head: &Head) -> usize {
+        if head.method == "HEAD" || self.has_no_content() {
+            return 0;
+        }
+        let length = self.text.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+        length.and_then(|length| length.parse().ok()).unwrap_or(0)
+    }
+
+    /// The head as the client gets it: 204 has no length (RFC 9110, 8.6), and what becomes of
+    /// the connection is said where the client would not expect it.
+    fn outer_head(&self, head: &Head, keep: bool) -> Vec<u8> {
+        let mut outer = String::with_capacity(self.text.len() + 32);
+        for line in self.text.split_inclusive("\r\n") {
+            if !(self.has_no_content() && line.starts_with("Content-Length:")) {
+                outer.push_str(line);
+            }
+        }
+        match (keep, head.http10) {
+            (false, _) => outer.push_str("Connection: close\r\n"),
+            (true, true) => outer.push_str("Connection: keep-alive\r\n"),
+            (true, false) => {}
+        }
+        outer.push_str("\r\n");
+        outer.into_bytes()
+    }
+}
