@@ -138,7 +138,7 @@ fn a_request_that_arrives_as_it_stops_is_answered() {
     while std::net::TcpStream::connect(daemon.address).is_ok() {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-    half_way.write_all(b"node\r\n\r\n").unwrap();
+    half_way.write_all(b"localhost\r\n\r\n").unwrap();
     let answer = Answer::read(&mut half_way, false).unwrap();
     assert_eq!((answer.status, answer.header("Connection")), (200, Some("close")));
     assert_eq!(daemon.wait().code(), Some(0));
