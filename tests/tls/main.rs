@@ -56,7 +56,15 @@ impl Site {
 
     /// Reads the files again; the log line that says how that went.
     fn reload(&self) -> String {
-        self.logs("SIGHUP: ", || self.daemon.signal("HUP"))
+        let lines = || self.daemon.log().into_iter().filter(|line| line.contains("SIGHUP: "));
+        let seen = lines().count();
+        self.daemon.signal("HUP");
+        (0..1000)
+            .find_map(|_| {
+                thread::sleep(Duration::from_millis(20));
+                lines().nth(seen)
+            })
+            .unwrap()
     }
 
     fn accepts(&self, client: &str) {
