@@ -3,7 +3,7 @@
 #[allow(dead_code)] // the backends move onto it one by one
 mod agent;
 mod api;
-pub mod check;
+mod check;
 pub mod cli;
 pub mod front;
 mod logging;

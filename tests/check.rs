@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/management.rs"]
 mod management;
+#[path = "common/pki.rs"]
+mod pki;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,10 +16,10 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use common::{Daemon, TempDir};
 use management::{FakeOpenVpn, Mood};
+use pki::{CA, Pki};
 
 const OK: i32 = 0;
 const WARNING: i32 = 1;
@@ -181,12 +183,10 @@ fn all_is_well() {
 fn addresses() {
     let installation = Installation::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (address, pid) = (taken.local_addr().unwrap().to_string(), std::process::id());
-    let checked = installation.plain(&["-listen", &address]);
-    checked.names(PROBLEM, &format!("(process {pid})"), &format!("kill {pid}"));
-    // Who may not see the process learns whose it is.
-    let checked = installation.check(&NOBODY, &[], &["-listen", &address]);
-    checked.names(WARNING, &format!("{address} is in use"), "ss -ltnp");
+    let address = taken.local_addr().unwrap();
+    let checked = installation.plain(&["-listen", &address.to_string()]);
+    let remedy = format!("ss -ltnp 'sport = :{}'", address.port());
+    checked.names(PROBLEM, &format!("{address} is in use by a program"), &remedy);
 
     let daemon = Daemon::start(&["-listen", ":0"]);
     for address in [format!("127.0.0.1:{}", daemon.address.port()), daemon.address.to_string()] {
@@ -262,11 +262,15 @@ fn openvpn_sockets() {
     let name = |mood| format!("{mood:?}.sock");
     let start = |mood| FakeOpenVpn::start(installation.openvpn().join(name(mood)), mood, vec![]);
     let _processes: Vec<_> = moods.iter().map(|(mood, ..)| start(*mood)).collect();
+    // One after another they would take longer than a check may.
+    let socket = |number| installation.openvpn().join(format!("hangs-{number}.sock"));
+    let _hanging: Vec<_> =
+        (0..64).map(|number| FakeOpenVpn::start(socket(number), Mood::Silent, vec![])).collect();
     let checked = installation.plain(&[]);
     for (mood, seen, remedy) in moods {
         checked.names(PROBLEM, &format!("{} {seen}", name(mood)), remedy);
     }
-    assert!(checked.text.contains("8 problems, 0 warnings."), "{}", checked.text);
+    assert!(checked.text.contains("72 problems, 0 warnings."), "{}", checked.text);
 
     let installation = Installation::new();
     let stale = installation.openvpn().join("stale.sock");
@@ -276,108 +280,33 @@ fn openvpn_sockets() {
 }
 
 #[test]
-fn many_that_hang_are_looked_at_together() {
-    let installation = Installation::new();
-    let socket = |number| installation.openvpn().join(format!("hangs-{number}.sock"));
-    let _hanging: Vec<_> =
-        (0..64).map(|number| FakeOpenVpn::start(socket(number), Mood::Silent, vec![])).collect();
-    let started = Instant::now();
-    let checked = installation.plain(&[]);
-    // One after another, both runs together would take 192 s.
-    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
-    assert!(checked.text.contains("64 problems, 0 warnings."), "{}", checked.text);
-}
-
-/// A CA and a server's certificate.
-struct Credentials(TempDir);
-
-impl Credentials {
-    fn new() -> Self {
-        Self::by("test-CA")
-    }
-
-    fn by(ca: &str) -> Self {
-        let credentials = Self(TempDir::new("credentials"));
-        credentials.openssl(&format!(
-            "req -x509 -newkey ed25519 -noenc -keyout ca.key -out ca.crt -subj /CN={ca} -days 90 \
-             -addext basicConstraints=critical,CA:TRUE \
-             -addext nameConstraints=critical,permitted;DNS:.vpn.example.org",
-        ));
-        credentials.issue("serverAuth", "DNS:node.vpn.example.org", "60");
-        credentials
-    }
-
-    fn issue(&self, usage: &str, name: &str, days: &str) {
-        let extensions =
-            format!("basicConstraints=CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={name}\n");
-        fs::write(self.file("extensions"), extensions).unwrap();
-        self.openssl("req -newkey ed25519 -noenc -keyout server.key -out csr -subj /CN=node");
-        self.openssl(&format!(
-            "x509 -req -in csr -CA ca.crt -CAkey ca.key -days {days} -extfile extensions \
-             -out server.crt"
-        ));
-    }
-
-    fn openssl(&self, arguments: &str) {
-        let mut command = Command::new("openssl");
-        let output = command.args(arguments.split(' ')).current_dir(self.0.path()).output();
-        let output = output.unwrap();
-        assert!(output.status.success(), "{arguments}: {output:?}");
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-}
-
-#[test]
 fn credentials() {
-    type Plant = fn(&Credentials);
-    let faults: [(Plant, i32, &str); 5] = [
-        (|_| {}, OK, "certificate and key belong together, valid until "),
-        (
-            |c| fs::remove_file(c.file("ca.crt")).unwrap(),
-            PROBLEM,
-            "ca.crt does not exist: put it there",
-        ),
-        (
-            |c| c.issue("clientAuth", "DNS:node.vpn.example.org", "60"),
-            PROBLEM,
-            "server.crt is not for server authentication: issue it",
-        ),
-        (
-            |c| c.issue("serverAuth", "DNS:node.vpn.example.org", "7"),
-            WARNING,
-            "server.crt expires in 6 days",
-        ),
-        (
-            |c| {
-                let other = Credentials::by("other-CA");
-                fs::copy(other.file("ca.crt"), c.file("ca.crt")).unwrap();
-            },
-            OK,
-            "server.crt is not issued by a CA in ca.crt",
-        ),
-    ];
     let installation = Installation::new();
-    for (plant, status, seen) in faults {
-        let credentials = Credentials::new();
-        plant(&credentials);
-        installation.tls(credentials.0.path()).names(status, seen, "");
-    }
-    let nowhere = installation.tls(Path::new(""));
-    nowhere.names(PROBLEM, "CREDENTIALS_DIRECTORY is empty: set it", "");
-
-    let credentials = Credentials::new();
-    let variable = [("CREDENTIALS_DIRECTORY", credentials.0.path().to_str().unwrap())];
-    let checked = installation.check(&NOBODY, &variable, &[]);
-    checked.names(PROBLEM, "server.key cannot be read: Permission denied", "");
+    let checked = |pki: &Pki| installation.tls(&pki.credentials_directory());
+    let pki = Pki::usual();
+    checked(&pki).names(OK, "certificate and key belong together, valid until 2099-12-31", "");
+    let directory = pki.credentials_directory();
+    let variable = [("CREDENTIALS_DIRECTORY", directory.to_str().unwrap())];
+    let nobody = installation.check(&NOBODY, &variable, &[]);
+    nobody.names(PROBLEM, "server.key cannot be read: Permission denied", "");
     let daemon = Daemon::start_with(&[], |command| {
         command.envs(variable);
     });
-    let address = daemon.address.to_string();
-    let checked = installation.check(&[], &variable, &["-listen", &address]);
-    checked.names(OK, "is held by vpn-daemon", "");
+    let served = installation.check(&[], &variable, &["-listen", &daemon.address.to_string()]);
+    served.names(OK, "is served by a program that speaks TLS", "");
+
+    pki.authority("other", None, CA);
+    pki.credentials(&["other.crt"], &["server.crt"], "server.key");
+    checked(&pki).names(OK, "server.crt is not issued by a CA in ca.crt", "");
+    pki.credentials(&["ca.crt"], &["portal.crt"], "portal.key");
+    checked(&pki).names(PROBLEM, "server.crt is not for server authentication: issue it", "");
+    pki.credentials(&["ca.crt"], &["server.crt"], "server.key");
+    fs::set_permissions(pki.credential("server.key"), fs::Permissions::from_mode(0o644)).unwrap();
+    checked(&pki).names(WARNING, "server.key may be read by everybody (mode 0644): chmod o=", "");
+    fs::remove_file(pki.credential("ca.crt")).unwrap();
+    checked(&pki).names(PROBLEM, "ca.crt does not exist: put it there", "");
+    let empty = installation.tls(Path::new(""));
+    empty.names(PROBLEM, "CREDENTIALS_DIRECTORY is empty: set it", "");
 }
 
 /// A /run of its own, with what the device's socket needs.
@@ -416,18 +345,18 @@ fn the_settings_of_the_service_count_where_no_flag_is_given() {
     checked.names(OK, "127.0.0.1:0 is free", "");
     assert!(!checked.text.contains("settings"), "{}", checked.text);
     let checked = check(&default, "LISTEN=41194", &[]);
-    checked.names(PROBLEM, "LISTEN=41194 in /etc/sysconfig/vpn-daemon: has no port", "that line");
+    checked.names(PROBLEM, "LISTEN=41194 in /etc/sysconfig/vpn-daemon: has no port", "");
 }
 
 #[test]
 fn the_credentials_of_the_service_count_where_the_variable_is_not_set() {
-    let (installation, credentials) = (Installation::new(), Credentials::new());
+    let (installation, pki) = (Installation::new(), Pki::usual());
     let check = |who: &str| {
         let words = after(&format!(
             "{OWN_RUN}; mkdir -p /run/credentials/vpn-daemon.service; \
              cp {}/ca.crt {0}/server.* /run/credentials/vpn-daemon.service/; \
              chmod 500 /run/credentials/vpn-daemon.service; set -- {who} \"$@\"",
-            credentials.0.path().display()
+            pki.credentials_directory().display()
         ));
         installation.check(&words.each_ref().map(String::as_str), &[], &[])
     };

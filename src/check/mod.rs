@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(9);
 /// What a thing that was looked at is like.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Level {
+pub(crate) enum Level {
     /// As it should be.
     Ok,
     /// The daemon works, but perhaps not as its operator wants.
@@ -35,49 +35,45 @@ pub enum Level {
 
 /// One thing that was looked at.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// How it is.
-    pub level: Level,
+    level: Level,
     /// What was looked at, in a word or two.
-    pub subject: String,
+    subject: String,
     /// What was seen.
-    pub seen: String,
-    /// The command, file or line that mends it.
-    pub remedy: Option<String>,
+    seen: String,
+    /// The command, file or line that mends it, where there is one.
+    remedy: Option<String>,
 }
 
 /// Everything that was looked at.
 #[derive(Debug)]
-pub struct Report(Vec<Entry>);
+pub(crate) struct Report(Vec<Entry>);
 
 impl Entry {
-    fn ok(subject: impl Into<String>, seen: impl Into<String>) -> Self {
-        Self { level: Level::Ok, subject: subject.into(), seen: seen.into(), remedy: None }
+    fn new(level: Level, subject: &str, seen: impl Into<String>) -> Self {
+        Self { level, subject: subject.to_owned(), seen: seen.into(), remedy: None }
     }
 
-    fn warning(
-        subject: impl Into<String>,
-        seen: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { level: Level::Warning, remedy: Some(remedy.into()), ..Self::ok(subject, seen) }
+    fn ok(subject: &str, seen: impl Into<String>) -> Self {
+        Self::new(Level::Ok, subject, seen)
     }
 
-    fn problem(
-        subject: impl Into<String>,
-        seen: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { level: Level::Problem, remedy: Some(remedy.into()), ..Self::ok(subject, seen) }
+    fn warning(subject: &str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { remedy: Some(remedy.into()), ..Self::new(Level::Warning, subject, seen) }
+    }
+
+    fn problem(subject: &str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { remedy: Some(remedy.into()), ..Self::new(Level::Problem, subject, seen) }
     }
 }
 
 /// Looks at what a daemon with these options and this environment needs, within ten seconds. What
 /// was not `given` is as the service has it.
-pub fn run(mut options: Options, given: Given) -> Report {
+pub(crate) fn run(mut options: Options, given: Given) -> Report {
     type Look = fn(&Options, Option<&Path>) -> Vec<Entry>;
     let looks: [(&str, Look); 5] = [
-        ("address", |options, credentials| address::look(&options.listen, credentials)),
+        ("address", |options, _| address::look(&options.listen)),
         ("TLS", |options, credentials| tls::look(&options.listen, credentials)),
         ("WireGuard", |options, _| wireguard::look(&options.wg_device)),
         ("OpenVPN", |options, _| openvpn::look(&options.openvpn_dir)),
@@ -95,37 +91,29 @@ pub fn run(mut options: Options, given: Given) -> Report {
         let thread = thread::Builder::new().spawn(move || drop(sender.send(look())));
         (subject, thread.map(|_| receiver))
     });
-    entries.extend(looks.into_iter().flat_map(|(subject, receiver)| match receiver {
-        Ok(receiver) => {
-            let left = end.saturating_duration_since(Instant::now());
-            receiver.recv_timeout(left).unwrap_or_else(|_| {
-                let seen = format!("no answer within {} s", PATIENCE.as_secs());
-                let remedy = "look for what hangs: a name server, a file system, the kernel's log \
-                              (journalctl -k)";
-                vec![Entry::problem(subject, seen, remedy)]
-            })
-        }
-        Err(error) => {
-            let seen = format!("not looked at: no thread could be started: {error}");
-            vec![Entry::problem(subject, seen, "ulimit -u; systemd: TasksMax=")]
-        }
+    entries.extend(looks.into_iter().flat_map(|(subject, receiver)| {
+        let left = end.saturating_duration_since(Instant::now());
+        let found = receiver.ok().and_then(|receiver| receiver.recv_timeout(left).ok());
+        found.unwrap_or_else(|| {
+            let seen = format!(
+                "no answer within {} s: a name server, a file system or the kernel hangs",
+                PATIENCE.as_secs()
+            );
+            vec![Entry::problem(subject, seen, "journalctl -k")]
+        })
     }));
     Report(entries)
 }
 
 impl Report {
     /// The status of the process: 0, 1 where there are warnings, 2 where there are problems.
-    pub fn exit_status(&self) -> u8 {
-        match self.0.iter().map(|entry| entry.level).max() {
-            None | Some(Level::Ok) => 0,
-            Some(Level::Warning) => 1,
-            Some(Level::Problem) => 2,
-        }
+    pub(crate) fn exit_status(&self) -> u8 {
+        self.0.iter().map(|entry| entry.level as u8).max().unwrap_or(0)
     }
 
     /// An array of objects with `level` (`ok`, `warning`, `problem`), `subject`, `seen` and
     /// `remedy` (text or null), and a line feed.
-    pub fn json(&self) -> String {
+    pub(crate) fn json(&self) -> String {
         // Only strings: nothing in them can fail to be written.
         serde_json::to_string_pretty(&self.0).unwrap_or_default() + "\n"
     }
@@ -135,20 +123,11 @@ impl Report {
     }
 }
 
-impl fmt::Display for Level {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Ok => "ok",
-            Self::Warning => "warning",
-            Self::Problem => "problem",
-        })
-    }
-}
-
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.0.iter().map(|entry| entry.subject.chars().count()).max().unwrap_or(0);
         for Entry { level, subject, seen, remedy } in &self.0 {
+            let level = format!("{level:?}").to_lowercase();
             writeln!(f, "{level:<8} {:<width$}  {}", printable(subject), printable(seen))?;
             if let Some(remedy) = remedy {
                 writeln!(f, "{:8} {:width$}  mend: {}", "", "", printable(remedy))?;

@@ -3,41 +3,26 @@
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::Entry;
-use crate::node;
+use crate::node::{MAINTENANCE_FLAG, maintenance_mode};
 
 pub(super) fn look(max_connections: usize) -> Vec<Entry> {
-    let maintenance = match node::maintenance_mode() {
+    let maintenance = match maintenance_mode() {
         false => Entry::ok("maintenance", "the node is in service"),
-        true => Entry::warning(
-            "maintenance",
-            format!("the node is in maintenance: {} exists", node::MAINTENANCE_FLAG),
-            format!("rm {}", node::MAINTENANCE_FLAG),
-        ),
-    };
-    vec![maintenance, open_files(max_connections)]
-}
-
-fn open_files(max_connections: usize) -> Entry {
-    let subject = "open files";
-    // The daemon raises the soft limit itself.
-    let (_, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok(limits) => limits,
-        Err(error) => {
-            let seen = format!("the limit cannot be read: {}", error.desc());
-            return Entry::warning(subject, seen, "ulimit -Hn");
+        true => {
+            let seen = format!("the node is in maintenance: {MAINTENANCE_FLAG} exists");
+            Entry::warning("maintenance", seen, format!("rm {MAINTENANCE_FLAG}"))
         }
     };
+    // The daemon raises the soft limit itself.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
     let (needed, served) = crate::open_files(max_connections, hard);
-    if served == max_connections {
-        let seen = format!("{hard} allowed, {needed} needed for {max_connections} connections");
-        return Entry::ok(subject, seen);
-    }
-    Entry::warning(
-        subject,
-        format!(
-            "only {hard} allowed, {needed} needed for {max_connections} connections: {served} \
-             are served at a time"
-        ),
-        format!("LimitNOFILE={needed} in the unit (systemctl edit vpn-daemon)"),
-    )
+    let enough = format!("{needed} needed for {max_connections} connections");
+    let open_files = if served == max_connections {
+        Entry::ok("open files", format!("{hard} allowed, {enough}"))
+    } else {
+        let seen = format!("only {hard} allowed, {enough}: {served} are served at a time");
+        let remedy = format!("LimitNOFILE={needed} in the unit (systemctl edit vpn-daemon)");
+        Entry::warning("open files", seen, remedy)
+    };
+    vec![maintenance, open_files]
 }

@@ -1,12 +1,13 @@
 //! The settings of the service, for what no flag and no variable says: so that the same is checked
 //! that the service uses.
 
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::Entry;
+use super::{Entry, Level};
 use crate::cli::{self, Given, Options};
 
 /// `EnvironmentFile=` of the unit: what the second one sets counts.
@@ -22,43 +23,41 @@ const SUBJECT: &str = "settings";
 
 /// Puts into `options` what the files set, and says so.
 pub(super) fn apply(options: &mut Options, given: Given) -> Vec<Entry> {
-    FILES.iter().flat_map(|file| apply_file(file, options, given)).collect()
-}
-
-fn apply_file(file: &str, options: &mut Options, given: Given) -> Vec<Entry> {
-    let text = match read(file) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => return vec![],
-        Err(error) => {
-            let seen = format!("{file} cannot be read ({error}): what it sets is not known");
-            return vec![Entry::warning(SUBJECT, seen, "sudo vpn-daemon check")];
-        }
-    };
     let mut entries = Vec::new();
-    if !given.wg_device {
-        entries.extend(take(file, &text, "WG_DEVICE", &mut options.wg_device));
-    }
-    if !given.listen {
-        entries.extend(take(file, &text, "LISTEN", &mut options.listen));
+    for file in FILES {
+        match read(file) {
+            Ok(text) => {
+                if !given.wg_device {
+                    entries.extend(take(file, &text, "WG_DEVICE", &mut options.wg_device));
+                }
+                if !given.listen {
+                    entries.extend(take(file, &text, "LISTEN", &mut options.listen));
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                let seen = format!("{file} cannot be read ({error}): what it sets is not known");
+                entries.push(Entry::warning(SUBJECT, seen, "sudo vpn-daemon check"));
+            }
+        }
     }
     entries
 }
 
-fn take<T>(file: &str, text: &str, variable: &str, option: &mut T) -> Option<Entry>
-where
-    T: FromStr<Err: std::fmt::Display>,
-{
+fn take<T: FromStr<Err: Display>>(
+    file: &str,
+    text: &str,
+    variable: &str,
+    option: &mut T,
+) -> Option<Entry> {
     let value = value(text, variable)?;
+    let setting = format!("{variable}={value}");
     Some(match value.parse() {
         Ok(parsed) => {
             *option = parsed;
-            Entry::ok(SUBJECT, format!("{variable}={value}, from {file}"))
+            Entry::ok(SUBJECT, format!("{setting}, from {file}"))
         }
-        Err(error) => Entry::problem(
-            SUBJECT,
-            format!("{variable}={value} in {file}: {error}"),
-            "mend that line, then: systemctl restart vpn-daemon",
-        ),
+        Err(error) => Entry::new(Level::Problem, SUBJECT, format!("{setting} in {file}: {error}")),
     })
 }
 
@@ -90,13 +89,11 @@ pub(super) fn credentials() -> (Option<PathBuf>, Option<Entry>) {
     if let Some(directory) = cli::credentials_directory() {
         return (Some(directory), None);
     }
-    match fs::read_dir(OF_THE_SERVICE) {
-        Ok(_) => {
-            let seen = format!("credentials of the running service, from {OF_THE_SERVICE}");
-            (Some(Path::new(OF_THE_SERVICE).to_owned()), Some(Entry::ok(SUBJECT, seen)))
-        }
-        Err(_) => (None, None),
+    if fs::read_dir(OF_THE_SERVICE).is_err() {
+        return (None, None);
     }
+    let seen = format!("credentials of the running service, from {OF_THE_SERVICE}");
+    (Some(OF_THE_SERVICE.into()), Some(Entry::ok(SUBJECT, seen)))
 }
 
 #[cfg(test)]

@@ -3,10 +3,8 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use log::Level as Severity;
-
 use super::settings::OF_THE_SERVICE;
-use super::{Entry, Level, address};
+use super::{Entry, Level, address, setting};
 use crate::cli::ListenAddress;
 use crate::rfc3339;
 use crate::tls::Tls;
@@ -14,24 +12,20 @@ use crate::tls::Tls;
 const SUBJECT: &str = "TLS";
 
 pub(super) fn look(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entry> {
-    let Some(directory) = directory else {
-        return vec![plain(listen)];
-    };
+    let Some(directory) = directory else { return vec![plain(listen)] };
     let tls = match Tls::open(directory) {
         Ok(tls) => tls,
-        Err(error) => {
-            return vec![Entry { level: Level::Problem, ..Entry::ok(SUBJECT, error.to_string()) }];
-        }
+        Err(error) => return vec![Entry::new(Level::Problem, SUBJECT, error.to_string())],
     };
     let until = rfc3339::format(tls.expires());
     let seen = format!("certificate and key belong together, valid until {until}");
     let findings = tls.findings(SystemTime::now()).into_iter().map(|finding| {
         let level = match finding.severity {
-            Severity::Error => Level::Problem,
-            Severity::Warn => Level::Warning,
+            log::Level::Error => Level::Problem,
+            log::Level::Warn => Level::Warning,
             _ => Level::Ok,
         };
-        Entry { level, ..Entry::ok(SUBJECT, finding.text) }
+        Entry::new(level, SUBJECT, finding.text)
     });
     std::iter::once(Entry::ok(SUBJECT, seen)).chain(findings).collect()
 }
@@ -47,12 +41,9 @@ fn plain(listen: &ListenAddress) -> Entry {
     if address::is_local(listen) {
         return Entry::ok(SUBJECT, "plain HTTP, reachable only from this host");
     }
-    Entry::warning(
-        SUBJECT,
-        format!("plain HTTP on {listen}: everybody who reaches this address may remove peers"),
-        format!(
-            "LoadCredential= in /etc/systemd/system/vpn-daemon.service.d/credentials.conf, or {}",
-            super::setting("LISTEN", "127.0.0.1:41194")
-        ),
-    )
+    let seen =
+        format!("plain HTTP on {listen}: everybody who reaches this address may remove peers");
+    let local = setting("LISTEN", "127.0.0.1:41194");
+    let drop_in = "/etc/systemd/system/vpn-daemon.service.d/credentials.conf";
+    Entry::warning(SUBJECT, seen, format!("LoadCredential= in {drop_in}, or {local}"))
 }
