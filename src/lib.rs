@@ -9,7 +9,6 @@ pub mod front;
 mod logging;
 mod node;
 pub mod openvpn;
-mod probe;
 mod rfc3339;
 mod routes;
 mod server;

@@ -1,6 +1,6 @@
 //! The address: whether it can be bound, and who answers there if not.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -12,10 +12,13 @@ use nix::sys::socket::{
 
 use super::{Entry, setting};
 use crate::cli::ListenAddress;
-use crate::probe;
 
 /// For each byte of the answer of a daemon that runs.
 const TIME: Duration = Duration::from_millis(1500);
+
+/// Any answer to it is far shorter than what is read.
+const REQUEST: &[u8] = b"GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+const MAX_ANSWER: u64 = 16 * 1024;
 
 const SUBJECT: &str = "address";
 
@@ -77,12 +80,15 @@ fn in_use(listen: &ListenAddress, address: &SocketAddr) -> Entry {
         // A socket for every address takes IPv4, and the host may have no ::1.
         near.set_ip(Ipv4Addr::LOCALHOST.into());
     }
-    let answer = TcpStream::connect_timeout(&near, TIME).and_then(|stream| {
+    // However it ends: what has come by then says who it is.
+    let mut answer = Vec::new();
+    let _ = TcpStream::connect_timeout(&near, TIME).and_then(|mut stream| {
         stream.set_read_timeout(Some(TIME))?;
-        probe::ask(stream)
+        stream.write_all(REQUEST)?;
+        stream.take(MAX_ANSWER).read_to_end(&mut answer)
     });
-    let answer = answer.unwrap_or_default();
-    if let Some(version) = probe::body(&answer).and_then(version) {
+    let answer = String::from_utf8_lossy(&answer);
+    if let Some(version) = version(&answer) {
         return Entry::ok(SUBJECT, format!("{listen} is served by vpn-daemon {version}"));
     }
     if answer.starts_with('\x15') {
@@ -93,8 +99,12 @@ fn in_use(listen: &ListenAddress, address: &SocketAddr) -> Entry {
 }
 
 /// The version of the daemon that has answered; `None` where another program has.
-fn version(node: &str) -> Option<String> {
-    let node: serde_json::Value = serde_json::from_str(node).ok()?;
+fn version(answer: &str) -> Option<String> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    if !head.starts_with("HTTP/1.1 200 ") {
+        return None;
+    }
+    let node: serde_json::Value = serde_json::from_str(body).ok()?;
     node.get("node_uptime")?.as_u64()?;
     let version = node.get("v").and_then(serde_json::Value::as_str).unwrap_or("of another kind");
     Some(version.chars().take(40).collect())
@@ -117,7 +127,7 @@ mod tests {
             ("SSH-2.0-OpenSSH\r\n", "", None),
         ] {
             let answer = format!("{head}{body}");
-            assert_eq!(probe::body(&answer).and_then(version).as_deref(), expected, "{answer}");
+            assert_eq!(version(&answer).as_deref(), expected, "{answer}");
         }
     }
 
