@@ -3,7 +3,11 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check test install deb rpm test-system test-versions test-api deny unsafe demo bench
+.PHONY: build check test install deb rpm test-system test-versions test-api deny repro unsafe demo bench
+
+# The program shall be the same wherever it is built: no directory of this machine stays in it.
+build deb rpm bench: export RUSTFLAGS := $(RUSTFLAGS) \
+	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)/registry/src=/crates
 
 # target/release/vpn-daemon
 build:
@@ -79,6 +83,10 @@ deny: $(TOOLS)/cargo-deny
 	$(TOOLS)/cargo-deny --locked check licenses bans sources
 	@if $(TOOLS)/cargo-deny fetch db; then $(TOOLS)/cargo-deny --locked check advisories; \
 	else echo 'deny: NOT CHECKED for advisories: their database cannot be had here' >&2; fi
+
+# Builds once more elsewhere, offline from vendored dependencies, and compares byte for byte.
+repro: build
+	CARGO="$(CARGO)" tests/reproducible
 
 # How often the crates that are linked say `unsafe`.
 unsafe: build
