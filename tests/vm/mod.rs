@@ -34,9 +34,10 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel that `tests/install-deps` unpacked.
+    /// The kernel that `tests/install-deps` unpacked, or the one that `make test-versions` names.
     pub fn find() -> Self {
-        let root = target_dir().join("kernel");
+        let named = std::env::var_os("KERNEL").map(PathBuf::from);
+        let root = named.unwrap_or_else(|| target_dir().join("kernel"));
         let only = |dir: &str, prefix: &str| {
             let dir = root.join(dir);
             let entries = fs::read_dir(&dir).unwrap_or_else(|e| {
