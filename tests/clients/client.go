@@ -37,9 +37,7 @@ func main() {
 			body = bytes.NewReader(must(os.ReadFile(words[3])))
 		}
 		request := must(http.NewRequest(words[0], url+words[1], body))
-		if body != nil {
-			request.Header.Set("Content-Type", words[2])
-		}
+		request.Header = http.Header{"Content-Type": {words[2]}}
 		if words[4] != "" {
 			request.Header.Set("Expect", words[4])
 		}
