@@ -41,7 +41,7 @@ pub fn measure(say: Say) {
         Some(row) => say(serde_json::from_str(row).unwrap()),
         None => console += &format!("{line}\n"),
     });
-    assert!(status == 0, "failed in the machine:\n{console}");
+    assert!(status == Some(0), "failed in the machine:\n{console}");
 }
 
 /// What runs in the machine.

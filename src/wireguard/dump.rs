@@ -231,6 +231,8 @@ fn parse_peer(peer: &[u8]) -> Result<Peer, Errno> {
             (WGPEER_A_RX_BYTES, bytes) => rx_bytes = parse_u64(bytes)?,
             (WGPEER_A_TX_BYTES, bytes) => tx_bytes = parse_u64(bytes)?,
             (WGPEER_A_ALLOWEDIPS, nested) => {
+                // A vector that grows has room for four: too much for a hundred thousand peers.
+                allowed_ips.reserve_exact(attributes(nested).count());
                 for allowed_ip in attributes(nested) {
                     allowed_ips.push(parse_allowed_ip(allowed_ip?.1)?);
                 }

@@ -262,12 +262,14 @@ fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGet
     let own_key = is_boringtun.then(|| peers.remove(0).public_key.into());
     let peers = peers.into_iter().map(|peer| {
         let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
+        let mut allowed_ips = allowed_ips
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| malformed("it has an impossible allowed IP"))?;
+        allowed_ips.shrink_to_fit();
         let handshake = Some(peer.last_handshake_time).filter(|time| !time.is_zero());
         Ok(Peer {
             public_key: peer.public_key.into(),
-            allowed_ips: allowed_ips
-                .collect::<Option<_>>()
-                .ok_or_else(|| malformed("it has an impossible allowed IP"))?,
+            allowed_ips,
             last_handshake: handshake.and_then(|time| match is_boringtun {
                 true => now.checked_sub(time),
                 false => SystemTime::UNIX_EPOCH.checked_add(time),

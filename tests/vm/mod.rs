@@ -6,30 +6,25 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(dead_code, reason = "each test or bench that includes this file uses a part of it")]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 /// What `init` prints before the exit status of the command that it ran.
 const END_MARKER: &str = "guest ended with status ";
-/// How many console lines an error shows.
-const TAIL: usize = 60;
 
 /// The directory that cargo builds into.
 pub fn target_dir() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().to_owned()
 }
 
-/// A kernel image and the tree of its modules.
+/// A kernel image, and the tree of its modules with `modules.dep`.
 pub struct Kernel {
-    /// The bzImage.
-    pub image: PathBuf,
-    /// `lib/modules/<release>`, with `modules.dep`.
+    image: PathBuf,
     modules: PathBuf,
 }
 
@@ -54,10 +49,7 @@ impl Kernel {
     /// The files of these modules and of all that they depend on, in an order that loads.
     /// A module that is built into the kernel has no file.
     fn module_files(&self, names: &[&str]) -> Vec<PathBuf> {
-        let read = |file: &str| {
-            let path = self.modules.join(file);
-            fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-        };
+        let read = |file: &str| fs::read_to_string(self.modules.join(file)).unwrap();
         let (dependencies, builtin) = (read("modules.dep"), read("modules.builtin"));
         let mut files = Vec::new();
         for name in names {
@@ -101,8 +93,8 @@ impl Initramfs {
         for directory in ["/dev", "/proc", "/sys", "/run", "/tmp", "/var/run", "/bin", "/sbin"] {
             initramfs.add(directory.into(), Self::DIRECTORY, Vec::new());
         }
-        let busybox = which("busybox");
-        initramfs.add("/bin/busybox".into(), Self::EXECUTABLE, fs::read(busybox).unwrap());
+        let busybox = fs::read(which("busybox")).unwrap();
+        initramfs.add("/bin/busybox".into(), Self::EXECUTABLE, busybox);
         let mut load = String::new();
         for (number, file) in kernel.module_files(modules).iter().enumerate() {
             let path = format!("/modules/{number}.ko");
@@ -147,19 +139,15 @@ impl Initramfs {
 
     /// Writes the archive into the target directory.
     pub fn write(&self) -> Image {
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("initramfs-{}-{number}.cpio", std::process::id());
+        let name = format!("initramfs-{}.cpio", std::process::id());
         let image = Image(Path::new(env!("CARGO_TARGET_TMPDIR")).join(name));
         let mut archive = Vec::new();
         let trailer = (PathBuf::from("/TRAILER!!!"), (0, Vec::new()));
         // The map's order puts each directory before what is in it.
-        for (inode, (path, (mode, contents))) in
-            self.entries.iter().chain([(&trailer.0, &trailer.1)]).enumerate()
-        {
+        let entries = self.entries.iter().chain([(&trailer.0, &trailer.1)]);
+        for (inode, (path, (mode, contents))) in (1..).zip(entries) {
             let name = path.strip_prefix("/").unwrap().to_str().unwrap();
             let (size, name_size) = (contents.len(), name.len() + 1);
-            let inode = inode + 1;
             write!(archive, "070701{inode:08x}{mode:08x}{0:08x}{0:08x}{1:08x}{0:08x}", 0, 1)
                 .unwrap();
             write!(archive, "{size:08x}{0:08x}{0:08x}{0:08x}{0:08x}{name_size:08x}{0:08x}", 0)
@@ -169,26 +157,18 @@ impl Initramfs {
                 archive.resize(archive.len().next_multiple_of(4), 0);
             }
         }
-        fs::write(&image.0, archive).unwrap_or_else(|e| panic!("{}: {e}", image.0.display()));
+        fs::write(&image.0, archive).unwrap();
         image
     }
 }
 
 /// The file of an [`Initramfs`]; dropping it deletes it.
-pub struct Image(pub PathBuf);
+pub struct Image(PathBuf);
 
 impl Drop for Image {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }
-}
-
-fn boot_arguments<'a>(kernel: &'a Kernel, initramfs: &'a Image) -> [[&'a str; 2]; 3] {
-    [
-        ["-kernel", kernel.image.to_str().unwrap()],
-        ["-initrd", initramfs.0.to_str().unwrap()],
-        ["-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check"],
-    ]
 }
 
 /// Where the host keeps a program, as the machine's `PATH` will find it.
@@ -204,46 +184,16 @@ pub fn which(program: &str) -> PathBuf {
 pub struct Machine {
     qemu: Child,
     console: Receiver<String>,
-    tail: VecDeque<String>,
     deadline: Instant,
 }
 
 impl Machine {
-    /// Starts QEMU with two CPUs, the console on its standard output and these further arguments
-    /// (`-kernel`, `-initrd`, `-append`, drives, …). `limit` bounds the machine's whole life.
+    /// Boots this kernel and initramfs with two CPUs. `limit` bounds the machine's whole life.
     ///
     /// Always emulates: where `/dev/kvm` is a nested one, it may hang.
-    pub fn start(memory_mib: u32, limit: Duration, arguments: &[&str]) -> Self {
-        Self::start_on(&["-accel", "tcg,thread=multi", "-smp", "2"], memory_mib, limit, arguments)
-    }
-
-    fn start_on(cpus: &[&str], memory_mib: u32, limit: Duration, arguments: &[&str]) -> Self {
-        let mut qemu = Command::new(which("qemu-system-x86_64"))
-            .args(cpus)
-            .args(["-cpu", "qemu64,+rdrand,+ssse3"])
-            .args(["-m", &memory_mib.to_string(), "-nodefaults", "-no-reboot"])
-            .args(["-display", "none", "-serial", "stdio"])
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .expect("cannot start QEMU");
-        let (sender, console) = channel();
-        let output = qemu.stdout.take().unwrap();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
-                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
-                    break;
-                }
-            }
-        });
-        Self { qemu, console, tail: VecDeque::new(), deadline: Instant::now() + limit }
-    }
-
-    /// Boots this kernel and initramfs.
     pub fn boot(kernel: &Kernel, initramfs: &Image, memory_mib: u32, limit: Duration) -> Self {
-        Self::start(memory_mib, limit, boot_arguments(kernel, initramfs).as_flattened())
+        let cpus = ["-accel", "tcg,thread=multi", "-smp", "2"];
+        Self::boot_on(&cpus, kernel, initramfs, memory_mib, limit)
     }
 
     /// Boots with one CPU whose clock counts instructions, one to the nanosecond, and stands still
@@ -255,45 +205,57 @@ impl Machine {
         limit: Duration,
     ) -> Self {
         let cpus = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"];
-        let arguments = boot_arguments(kernel, initramfs);
-        Self::start_on(&cpus, memory_mib, limit, arguments.as_flattened())
+        Self::boot_on(&cpus, kernel, initramfs, memory_mib, limit)
     }
 
-    /// The console's next line; `None` once the machine is off.
-    pub fn line(&mut self) -> Option<String> {
-        match self.console.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
-            Ok(line) => {
-                self.tail.push_back(line.clone());
-                if self.tail.len() > TAIL {
-                    self.tail.pop_front();
+    fn boot_on(
+        cpus: &[&str],
+        kernel: &Kernel,
+        initramfs: &Image,
+        memory_mib: u32,
+        limit: Duration,
+    ) -> Self {
+        let mut qemu = Command::new(which("qemu-system-x86_64"))
+            .args(cpus)
+            .args(["-cpu", "qemu64,+rdrand,+ssse3"])
+            .args(["-m", &memory_mib.to_string(), "-nodefaults", "-no-reboot"])
+            .args(["-display", "none", "-serial", "stdio"])
+            .arg("-kernel")
+            .arg(&kernel.image)
+            .arg("-initrd")
+            .arg(&initramfs.0)
+            .args(["-append", "console=ttyS0 quiet panic=-1 oops=panic no_timer_check"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("cannot start QEMU");
+        let (sender, console) = channel();
+        let output = qemu.stdout.take().unwrap();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                    break;
                 }
-                Some(line)
             }
-            Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => {
-                panic!("the machine did not end in time; its last lines:\n{}", self.tail())
-            }
-        }
+        });
+        Self { qemu, console, deadline: Instant::now() + limit }
     }
 
     /// Follows the console to the end and hands each line to `each`. The exit status of the
-    /// initramfs's command; panics with the last lines if the machine ends in another way.
-    pub fn wait(mut self, mut each: impl FnMut(&str)) -> u32 {
+    /// initramfs's command, `None` if the machine ends in another way or not in time.
+    pub fn wait(self, mut each: impl FnMut(&str)) -> Option<u32> {
         let mut status = None;
-        while let Some(line) = self.line() {
-            match line.split_once(END_MARKER) {
-                Some((_, number)) => status = number.parse().ok(),
-                None => each(&line),
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            match self.console.recv_timeout(left) {
+                Ok(line) => match line.split_once(END_MARKER) {
+                    Some((_, number)) => status = number.parse().ok(),
+                    None => each(&line),
+                },
+                Err(RecvTimeoutError::Disconnected) => return status,
+                Err(RecvTimeoutError::Timeout) => return None,
             }
         }
-        status.unwrap_or_else(|| {
-            panic!("the machine ended without a result; its last lines:\n{}", self.tail())
-        })
-    }
-
-    /// The console's last lines.
-    pub fn tail(&self) -> String {
-        self.tail.iter().map(|line| format!("  | {line}\n")).collect()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Network namespaces and the WireGuard devices in them, each with a daemon, and with `wg` as the
 //! independent witness.
 
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::fs::{DirEntry, File, read_dir, read_to_string};
 use std::io::Write as _;
 use std::os::fd::AsRawFd;
@@ -21,21 +21,11 @@ use crate::common::{Answer, Daemon};
 use crate::vm::target_dir;
 
 /// Who implements WireGuard.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     Kernel,
     WireguardGo,
     Boringtun,
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Kernel => "kernel",
-            Self::WireguardGo => "wireguard_go",
-            Self::Boringtun => "boringtun",
-        })
-    }
 }
 
 /// A network namespace without a name; it is gone when this and its users are.

@@ -48,7 +48,7 @@ fn ten_thousand_peers(kind: Kind) {
     // Removing many takes longer than one call may: the same call again does the rest.
     let goal: Vec<Wanted> = (1500..11_500).map(|n| (key(n), block(n, 1))).collect();
     let cuts = device.sync_until_done(&goal);
-    say(&format!("kernel: 1,501 removals and 1,501 additions needed {cuts} calls more than one"));
+    say(&format!("Kernel: 1,501 removals and 1,501 additions needed {cuts} calls more than one"));
 }
 
 /// The kernel ends a dump early when the peer that it stands at goes away. Peers that stay are
@@ -151,7 +151,7 @@ impl Dumps {
     fn judge(&self) {
         let Self { whole, short, failed } = self;
         say(&format!(
-            "kernel: of the disturbed dumps, {whole} whole, {short} short, {failed} failed"
+            "Kernel: of the disturbed dumps, {whole} whole, {short} short, {failed} failed"
         ));
         assert_eq!(*short, 0, "short dumps");
         assert!(self.whole > self.failed, "too few dumps came back");
