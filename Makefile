@@ -6,7 +6,7 @@ DESTDIR ?=
 .PHONY: build check test install deb rpm test-system test-versions test-api deny repro unsafe demo bench
 
 # The program shall be the same wherever it is built: no directory of this machine stays in it.
-build deb rpm bench: export RUSTFLAGS := $(RUSTFLAGS) \
+build deb rpm unsafe bench: export RUSTFLAGS := $(RUSTFLAGS) \
 	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)/registry/src=/crates
 
 # target/release/vpn-daemon
@@ -18,7 +18,7 @@ check:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
-	tests/dependencies table
+	tests/dependencies named
 
 # Every test, the kernel's WireGuard in a virtual machine among them; as root.
 test:
@@ -89,7 +89,7 @@ repro: build
 	CARGO="$(CARGO)" tests/reproducible
 
 # How often the crates that are linked say `unsafe`.
-unsafe: build
+unsafe:
 	CARGO="$(CARGO)" tests/dependencies unsafe
 
 # Real WireGuard, real OpenVPN and every call, in namespaces of its own; KEEP=1 leaves it running.
