@@ -3,7 +3,7 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check test install deb rpm test-system test-versions test-api deny repro unsafe demo bench
+.PHONY: build check size test install deb rpm test-system test-versions test-api deny repro unsafe demo bench
 
 # The program shall be the same wherever it is built: no directory of this machine stays in it.
 build deb rpm unsafe bench: export RUSTFLAGS := $(RUSTFLAGS) \
@@ -19,6 +19,10 @@ check:
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	tests/dependencies named
+
+# Lines of code under src; fails above LIMIT.
+size:
+	tests/size $(LIMIT)
 
 # Every test, the kernel's WireGuard in a virtual machine among them; as root.
 test:
