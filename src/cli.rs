@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -203,19 +204,14 @@ impl FromStr for ListenAddress {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (host, port) = text.rsplit_once(':').ok_or("has no port; write HOST:PORT or :PORT")?;
         let port = port.parse().map_err(|_| "the port is not a number from 0 to 65535")?;
-        let host = match host {
-            "" => None,
-            _ if host.starts_with('[') => Some(
-                host.strip_prefix('[')
-                    .and_then(|host| host.strip_suffix(']'))
-                    .filter(|host| host.parse::<std::net::Ipv6Addr>().is_ok())
-                    .ok_or("is not an IPv6 address in brackets and a port")?
-                    .to_owned(),
-            ),
-            _ if host.contains(':') => return Err("an IPv6 address needs brackets: [::1]:41194"),
-            _ => Some(host.to_owned()),
-        };
-        Ok(Self { host, port })
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        match bare.filter(|bare| bare.parse::<Ipv6Addr>().is_ok()) {
+            Some(address) => Ok(Self { host: Some(address.to_owned()), port }),
+            None if host.contains([':', '[', ']']) => {
+                Err("an IPv6 address is written in brackets: [::1]:41194")
+            }
+            None => Ok(Self { host: (!host.is_empty()).then(|| host.to_owned()), port }),
+        }
     }
 }
 
@@ -313,9 +309,9 @@ mod tests {
             ("check -json=yes", "-json"),
             ("-listen", "-listen"),
             ("-listen 41194", "-listen 41194: has no port"),
-            ("-listen ::1", "-listen ::1: an IPv6 address needs brackets"),
-            ("-listen ::1:41194", "needs brackets"),
-            ("-listen [localhost]:1", "is not an IPv6 address"),
+            ("-listen ::1", "-listen ::1: an IPv6 address is written in brackets"),
+            ("-listen ::1:41194", "in brackets"),
+            ("-listen [localhost]:1", "in brackets"),
             ("-listen host:http", "the port is not a number"),
             ("-listen :65536", "the port is not a number"),
             ("-max-connections 0", "-max-connections: must be 1 to 65536"),

@@ -293,7 +293,7 @@ fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error
 }
 
 fn unreadable(error: io::Error) -> Error {
-    Error::new(400, format!("the body could not be read: {error}"))
+    bad(format!("the body could not be read: {error}"))
 }
 
 /// Names and values of a query or form, in order.
@@ -304,44 +304,38 @@ impl Parameters {
         Self(form_urlencoded::parse(text).into_owned().collect())
     }
 
-    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
-        self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
+    fn values(&self, name: &str) -> Vec<&str> {
+        self.0.iter().filter(|(key, _)| key == name).map(|(_, value)| value.as_str()).collect()
     }
 
-    fn at_most_once(&self, name: &'static str) -> Result<Option<&str>, Error> {
-        let mut values = self.all(name);
-        let value = values.next();
-        match values.next() {
-            None => Ok(value),
-            Some(_) => Err(Error::new(400, format!("`{name}` must not be repeated"))),
+    fn yes_or_no(&self, name: &str) -> Result<bool, Error> {
+        match self.values(name)[..] {
+            [] | ["no"] => Ok(false),
+            ["yes"] => Ok(true),
+            [_] => Err(bad(format!("`{name}` must be `yes` or `no`"))),
+            _ => Err(bad(format!("`{name}` must not be repeated"))),
         }
     }
 
-    fn yes_or_no(&self, name: &'static str) -> Result<bool, Error> {
-        match self.at_most_once(name)? {
-            Some("yes") => Ok(true),
-            Some("no") | None => Ok(false),
-            Some(_) => Err(Error::new(400, format!("`{name}` must be `yes` or `no`"))),
+    fn once<T: FromStr<Err: Display>>(&self, name: &str) -> Result<T, Error> {
+        match self.values(name)[..] {
+            [] => Err(bad(format!("`{name}` is missing"))),
+            [value] => api::checked(name, value).map_err(bad),
+            _ => Err(bad(format!("`{name}` must not be repeated"))),
         }
     }
 
-    fn once<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<T, Error> {
-        let value = self.at_most_once(name)?.ok_or_else(|| missing(name))?;
-        api::checked(name, value).map_err(|sentence| Error::new(400, sentence))
-    }
-
-    fn at_least_once<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<Vec<T>, Error> {
-        let values = self.all(name).map(|value| api::checked(name, value));
-        let values: Result<Vec<T>, _> = values.collect();
-        match values.map_err(|sentence| Error::new(400, sentence))? {
-            none if none.is_empty() => Err(missing(name)),
-            values => Ok(values),
+    fn at_least_once<T: FromStr<Err: Display>>(&self, name: &str) -> Result<Vec<T>, Error> {
+        let values = self.values(name);
+        if values.is_empty() {
+            return Err(bad(format!("`{name}` is missing")));
         }
+        values.into_iter().map(|value| api::checked(name, value).map_err(bad)).collect()
     }
 }
 
-fn missing(name: &str) -> Error {
-    Error::new(400, format!("`{name}` is missing"))
+fn bad(sentence: String) -> Error {
+    Error::new(400, sentence)
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fmt::Write;
 use std::io;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
@@ -49,14 +48,9 @@ impl Notifier {
 
     /// A reload begins; [`Notifier::ready`] ends it.
     pub(crate) fn reloading(&self) {
-        let mut message = "RELOADING=1".to_owned();
         // Without the time, only a service of Type=notify-reload would mind.
-        if let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) {
-            let now = Duration::from(now).as_micros();
-            // Writing to a string cannot fail.
-            let _ = write!(message, "\nMONOTONIC_USEC={now}");
-        }
-        self.send(&message);
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.as_micros()));
     }
 
     /// The service ends: the watchdog is not fed any more.
@@ -142,17 +136,11 @@ pub(crate) fn keep(
 
 /// After how long without a sign of life systemd ends this process; `None`: never.
 fn watchdog_time(variable: impl Fn(&str) -> Option<String>, pid: u32) -> Option<Duration> {
-    let time = variable("WATCHDOG_USEC")?;
     if variable("WATCHDOG_PID").is_some_and(|of| of.parse() != Ok(pid)) {
         return None;
     }
-    match time.parse() {
-        Ok(microseconds @ 1..) => Some(Duration::from_micros(microseconds)),
-        _ => {
-            warn!("WATCHDOG_USEC={time} is no number of microseconds: the watchdog is not fed");
-            None
-        }
-    }
+    let time = variable("WATCHDOG_USEC")?.parse().ok().filter(|microseconds| *microseconds > 0);
+    time.map(Duration::from_micros)
 }
 
 /// The listening socket of the socket unit, if this process has been given one. To be called
