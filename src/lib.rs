@@ -79,16 +79,17 @@ fn daemon(options: Options) -> ExitCode {
     ExitCode::from(u8::from(result.is_err()))
 }
 
-/// The C library keeps what was allocated for long lists, 64 MiB and more of it for each thread, unless
-/// it is told otherwise when the process starts. The unit does.
+/// The C library keeps the memory that long lists took, 64 MiB and more of it for each thread, unless it
+/// is told otherwise when the process starts. The unit does.
 fn start_over() {
-    const TRIM: &str = "MALLOC_TRIM_THRESHOLD_";
-    if std::env::var_os(TRIM).is_none()
+    const VARIABLE: &str = "GLIBC_TUNABLES";
+    const TUNABLES: &str = "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0";
+    if std::env::var_os(VARIABLE).is_none()
         && let Ok(program) = std::env::current_exe()
     {
         let mut again = process::Command::new(program);
         // It comes back only where it fails, and then it is this process that goes on.
-        let _ = again.args(std::env::args_os().skip(1)).env(TRIM, "131072").exec();
+        let _ = again.args(std::env::args_os().skip(1)).env(VARIABLE, TUNABLES).exec();
     }
 }
 
