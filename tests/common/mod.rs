@@ -78,7 +78,6 @@ impl Daemon {
         command.arg(directory.path().join("openvpn")).args(arguments);
         command.env_remove("CREDENTIALS_DIRECTORY").env_remove("RUST_LOG");
         command.env("RUNTIME_DIRECTORY", directory.path());
-        command.env("MALLOC_TRIM_THRESHOLD_", "131072"); // as the unit does
         prepare(&mut command);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
