@@ -186,7 +186,7 @@ fn addresses() {
     let address = taken.local_addr().unwrap();
     let checked = installation.plain(&["-listen", &address.to_string()]);
     let remedy = format!("ss -ltnp 'sport = :{}'", address.port());
-    checked.names(PROBLEM, &format!("{address} is in use by a program"), &remedy);
+    checked.names(PROBLEM, &format!("cannot listen on {address}: Address already in use"), &remedy);
 
     let daemon = Daemon::start(&["-listen", ":0"]);
     for address in [format!("127.0.0.1:{}", daemon.address.port()), daemon.address.to_string()] {
@@ -204,9 +204,9 @@ fn addresses() {
     assert_eq!(daemon.get("/i/node").status, 200);
 
     let checked = installation.plain(&["-listen", "192.0.2.1:41194"]);
-    checked.names(PROBLEM, "192.0.2.1:41194 is no address of this host", ":41194");
+    checked.names(PROBLEM, "cannot listen on 192.0.2.1:41194: Cannot assign", "LISTEN=");
     let checked = installation.plain(&["-listen", "name.invalid:1"]);
-    checked.names(PROBLEM, "name.invalid:1 cannot be resolved", "LISTEN=");
+    checked.names(PROBLEM, "cannot listen on name.invalid:1: ", "LISTEN=");
     let checked = installation.plain(&["-listen", ":0"]);
     checked.names(WARNING, "plain HTTP on :0", "credentials.conf");
 }

@@ -1,19 +1,14 @@
-//! The address: whether it can be bound, and who answers there if not.
+//! The address: whether the daemon could listen there, and who answers there if not.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
-
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
-};
 
 use super::{Entry, setting};
 use crate::cli::ListenAddress;
+use crate::front;
 
-/// For each byte of the answer of a daemon that runs.
+/// For each piece of the answer of a daemon that runs.
 const TIME: Duration = Duration::from_millis(1500);
 
 /// Any answer to it is far shorter than what is read.
@@ -22,28 +17,22 @@ const MAX_ANSWER: u64 = 16 * 1024;
 
 const SUBJECT: &str = "address";
 
-pub(super) fn look(listen: &ListenAddress) -> Vec<Entry> {
-    let addresses = match resolve(listen) {
-        Ok(addresses) => addresses,
-        Err(error) => {
-            let seen = format!("{listen} cannot be resolved: {error}");
-            return vec![Entry::problem(SUBJECT, seen, setting("LISTEN", "ADDRESS:PORT"))];
-        }
+pub(super) fn look(listen: &ListenAddress) -> Entry {
+    let Err(error) = front::bind_tcp(listen) else {
+        return Entry::ok(SUBJECT, format!("{listen} is free"));
     };
-    let mut failed = Errno::EADDRNOTAVAIL;
-    for address in &addresses {
-        match can_bind(address) {
-            Ok(()) => return vec![Entry::ok(SUBJECT, format!("{listen} is free"))],
-            Err(Errno::EADDRINUSE) => return vec![in_use(listen, address)],
-            Err(error) => failed = error,
-        }
+    let Some(answer) = ask(listen) else {
+        return Entry::problem(SUBJECT, error.to_string(), setting("LISTEN", "ADDRESS:PORT"));
+    };
+    if let Some(version) = version(&answer) {
+        return Entry::ok(SUBJECT, format!("{listen} is served by vpn-daemon {version}"));
     }
-    let (seen, value) = match failed {
-        Errno::EADDRNOTAVAIL => ("is no address of this host", format!(":{}", listen.port)),
-        Errno::EACCES => ("may not be bound: ports below 1024 take a privilege", ":41194".into()),
-        error => (error.desc(), "ADDRESS:PORT".into()),
-    };
-    vec![Entry::problem(SUBJECT, format!("{listen} {seen}"), setting("LISTEN", &value))]
+    // An alert, in a record of type 21, is how TLS refuses plain HTTP.
+    if answer.starts_with('\x15') {
+        return Entry::ok(SUBJECT, format!("{listen} is served by a program that speaks TLS"));
+    }
+    let seen = format!("{error}, and does not answer like vpn-daemon");
+    Entry::problem(SUBJECT, seen, format!("ss -ltnp 'sport = :{}'", listen.port))
 }
 
 /// Whether only this host reaches the address.
@@ -53,49 +42,27 @@ pub(super) fn is_local(listen: &ListenAddress) -> bool {
 }
 
 fn resolve(listen: &ListenAddress) -> io::Result<Vec<SocketAddr>> {
+    let port = listen.port;
     match &listen.host {
-        Some(host) => Ok((host.as_str(), listen.port).to_socket_addrs()?.collect()),
+        Some(host) => Ok((host.as_str(), port).to_socket_addrs()?.collect()),
         None => {
-            let every: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
-            Ok(every.map(|address| SocketAddr::new(address, listen.port)).to_vec())
+            Ok(vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()])
         }
     }
 }
 
-/// Binds and does not listen: so a daemon that starts at this moment is not disturbed.
-fn can_bind(address: &SocketAddr) -> nix::Result<()> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
-        setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
-    }
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(*address))
-}
-
-/// Asks in plain HTTP. Who speaks TLS refuses that with an alert, a record of type 21.
-fn in_use(listen: &ListenAddress, address: &SocketAddr) -> Entry {
-    let mut near = *address;
-    if address.ip().is_unspecified() {
-        // A socket for every address takes IPv4, and the host may have no ::1.
-        near.set_ip(Ipv4Addr::LOCALHOST.into());
-    }
-    // However it ends: what has come by then says who it is.
+/// What is answered to a request in plain HTTP; `None` where nobody listens. (Every address, to
+/// connect to, is this host.)
+fn ask(listen: &ListenAddress) -> Option<String> {
+    let addresses = resolve(listen).ok()?;
+    let connect = |address: &SocketAddr| TcpStream::connect_timeout(address, TIME).ok();
+    let mut stream = addresses.iter().find_map(connect)?;
     let mut answer = Vec::new();
-    let _ = TcpStream::connect_timeout(&near, TIME).and_then(|mut stream| {
-        stream.set_read_timeout(Some(TIME))?;
-        stream.write_all(REQUEST)?;
-        stream.take(MAX_ANSWER).read_to_end(&mut answer)
-    });
-    let answer = String::from_utf8_lossy(&answer);
-    if let Some(version) = version(&answer) {
-        return Entry::ok(SUBJECT, format!("{listen} is served by vpn-daemon {version}"));
-    }
-    if answer.starts_with('\x15') {
-        return Entry::ok(SUBJECT, format!("{listen} is served by a program that speaks TLS"));
-    }
-    let seen = format!("{listen} is in use by a program that does not answer like vpn-daemon");
-    Entry::problem(SUBJECT, seen, format!("ss -ltnp 'sport = :{}'", address.port()))
+    // However it ends: what has come by then says who it is.
+    let _ = stream.set_read_timeout(Some(TIME));
+    let _ = stream.write_all(REQUEST);
+    let _ = stream.take(MAX_ANSWER).read_to_end(&mut answer);
+    Some(String::from_utf8_lossy(&answer).into_owned())
 }
 
 /// The version of the daemon that has answered; `None` where another program has.

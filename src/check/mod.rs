@@ -73,7 +73,7 @@ impl Entry {
 pub(crate) fn run(mut options: Options, given: Given) -> Report {
     type Look = fn(&Options, Option<&Path>) -> Vec<Entry>;
     let looks: [(&str, Look); 5] = [
-        ("address", |options, _| address::look(&options.listen)),
+        ("address", |options, _| vec![address::look(&options.listen)]),
         ("TLS", |options, credentials| tls::look(&options.listen, credentials)),
         ("WireGuard", |options, _| wireguard::look(&options.wg_device)),
         ("OpenVPN", |options, _| openvpn::look(&options.openvpn_dir)),

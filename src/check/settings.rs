@@ -2,8 +2,8 @@
 //! that the service uses.
 
 use std::fmt::Display;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -15,9 +15,6 @@ const FILES: [&str; 2] = ["/etc/default/vpn-daemon", "/etc/sysconfig/vpn-daemon"
 
 /// Where systemd puts the credentials of the service (systemd.exec(5)).
 pub(super) const OF_THE_SERVICE: &str = "/run/credentials/vpn-daemon.service";
-
-/// Far more than anybody writes into such a file.
-const MAX_FILE: u64 = 64 * 1024;
 
 const SUBJECT: &str = "settings";
 
@@ -63,12 +60,10 @@ fn take<T: FromStr<Err: Display>>(
 
 fn read(file: impl AsRef<Path>) -> io::Result<String> {
     // Looked at before it is opened: opening a pipe waits for a writer.
-    if !fs::metadata(&file)?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+    match fs::metadata(&file)?.is_file() {
+        true => fs::read_to_string(file),
+        false => Err(io::Error::other("it is no regular file")),
     }
-    let mut text = Vec::new();
-    File::open(file)?.take(MAX_FILE).read_to_end(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// The value of a variable in an `EnvironmentFile=` (systemd.exec(5)), for values without
