@@ -168,8 +168,11 @@ impl Credentials {
                 List::new(der, authorities.iter().map(|one| &one.anchor), &algorithms)
             })?;
         }
-        let verifier = ClientVerifier::new(&authorities, &lists, &provider)
-            .map_err(|reason| Error { file: path("ca.crl"), reason })?;
+        let verifiers =
+            authorities.iter().map(|one| Ok((one.validity, one.verifier(&lists, &provider)?)));
+        let verifiers = verifiers.collect::<Result<_, _>>();
+        let verifiers = verifiers.map_err(|reason| Error { file: path("ca.crl"), reason })?;
+        let verifier = ClientVerifier { authorities: verifiers, algorithms };
         let certificates = chain.iter().map(|(certificate, _)| certificate.clone()).collect();
         let config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&version::TLS13])

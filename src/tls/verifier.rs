@@ -43,8 +43,8 @@ pub(super) struct Authority {
 /// Asks the verifier of each CA.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
-    authorities: Vec<(Validity, Arc<dyn ClientCertVerifier>)>,
-    algorithms: WebPkiSupportedAlgorithms,
+    pub(super) authorities: Vec<(Validity, Arc<dyn ClientCertVerifier>)>,
+    pub(super) algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl Authority {
@@ -60,7 +60,7 @@ impl Authority {
     }
 
     /// For this CA's clients, and those of the CAs below it.
-    fn verifier(
+    pub(super) fn verifier(
         &self,
         lists: &[List],
         provider: &Arc<CryptoProvider>,
@@ -83,19 +83,6 @@ impl Authority {
             .allow_unknown_revocation_status()
             .build()
             .map_err(|error| format!("cannot be used: {error}"))
-    }
-}
-
-impl ClientVerifier {
-    pub(super) fn new(
-        authorities: &[Authority],
-        lists: &[List],
-        provider: &Arc<CryptoProvider>,
-    ) -> Result<Self, String> {
-        let algorithms = provider.signature_verification_algorithms;
-        let verifiers =
-            authorities.iter().map(|one| Ok((one.validity, one.verifier(lists, provider)?)));
-        Ok(Self { authorities: verifiers.collect::<Result<_, String>>()?, algorithms })
     }
 }
 

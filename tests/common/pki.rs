@@ -121,17 +121,17 @@ impl Pki {
         self.credentials_directory().join(file)
     }
 
-    /// Runs `openssl` in the directory.
-    pub fn openssl(&self, arguments: &[&str]) -> String {
+    /// Runs `openssl` in the directory, with arguments that have no spaces.
+    pub fn openssl(&self, arguments: &str) -> String {
         let output = Command::new("openssl")
-            .args(arguments)
+            .args(arguments.split_whitespace())
             .current_dir(&self.directory)
             .env("OPENSSL_CONF", self.path("openssl.cnf"))
             .output()
             .expect("the tests need the openssl command: install the package openssl");
         assert!(
             output.status.success(),
-            "openssl {arguments:?}: {}",
+            "openssl {arguments}: {}",
             String::from_utf8_lossy(&output.stderr)
         );
         String::from_utf8_lossy(&output.stdout).into_owned()
@@ -139,16 +139,15 @@ impl Pki {
 
     /// Makes `NAME.key`.
     pub fn key(&self, name: &str, kind: Kind) {
-        let algorithm: &[&str] = match kind {
-            Kind::Ed25519 => &["-algorithm", "ED25519"],
-            Kind::P256 => &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-            Kind::P384 => &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-            Kind::P521 => &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-521"],
-            Kind::Rsa => &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
-            Kind::Rsa1024 => &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"],
+        let algorithm = match kind {
+            Kind::Ed25519 => "ED25519",
+            Kind::P256 => "EC -pkeyopt ec_paramgen_curve:P-256",
+            Kind::P384 => "EC -pkeyopt ec_paramgen_curve:P-384",
+            Kind::P521 => "EC -pkeyopt ec_paramgen_curve:P-521",
+            Kind::Rsa => "RSA -pkeyopt rsa_keygen_bits:2048",
+            Kind::Rsa1024 => "RSA -pkeyopt rsa_keygen_bits:1024",
         };
-        let file = format!("{name}.key");
-        self.openssl(&[&["genpkey", "-out", &file], algorithm].concat());
+        self.openssl(&format!("genpkey -out {name}.key -algorithm {algorithm}"));
     }
 
     /// Makes a CA, self-signed or below another one.
@@ -178,70 +177,46 @@ impl Pki {
 
     /// Makes a certificate for a key that exists.
     pub fn sign(&self, name: &str, issuer: &str, profile: Profile) {
-        let file = |suffix: &str| format!("{name}.{suffix}");
-        let by = |suffix: &str| format!("{issuer}.{suffix}");
-        fs::write(self.path(&file("ext")), format!("[ext]\n{}", profile.extensions)).unwrap();
+        let Profile { not_before, not_after, extensions, .. } = profile;
+        fs::write(self.path(&format!("{name}.ext")), format!("[ext]\n{extensions}")).unwrap();
         let subject = match profile.subject {
             "" => format!("/CN={name}"),
             subject => subject.to_string(),
         };
-        self.openssl(&[
-            "req",
-            "-new",
-            "-utf8",
-            "-config",
-            "openssl.cnf",
-            "-key",
-            &file("key"),
-            "-subj",
-            &subject,
-            "-out",
-            &file("csr"),
-        ]);
-        let signer = if name == issuer { ["-selfsign", "-batch"] } else { ["-cert", &by("crt")] };
-        self.openssl(
-            &[
-                &["ca", "-batch", "-notext", "-utf8", "-config", &by("cnf"), "-in", &file("csr")],
-                &["-out", &file("crt"), "-keyfile", &by("key"), "-extfile", &file("ext")][..],
-                &["-extensions", "ext", "-startdate", profile.not_before],
-                &["-enddate", profile.not_after],
-                &signer,
-            ]
-            .concat(),
-        );
+        self.openssl(&format!(
+            "req -new -utf8 -config openssl.cnf -key {name}.key -subj {subject} -out {name}.csr"
+        ));
+        let signer = match name == issuer {
+            true => "-selfsign".to_owned(),
+            false => format!("-cert {issuer}.crt"),
+        };
+        self.openssl(&format!(
+            "ca -batch -notext -utf8 -config {issuer}.cnf -in {name}.csr -out {name}.crt \
+             -keyfile {issuer}.key -extfile {name}.ext -extensions ext \
+             -startdate {not_before} -enddate {not_after} {signer}"
+        ));
     }
 
     /// Revokes certificates and makes the issuer's `ISSUER.crl`, whose next update is due then.
     pub fn revoke(&self, issuer: &str, names: &[&str], next_update: &str) {
-        let by = |suffix: &str| format!("{issuer}.{suffix}");
-        let (config, key, certificate, list) = (by("cnf"), by("key"), by("crt"), by("crl"));
-        let common = ["ca", "-config", &config, "-keyfile", &key, "-cert", &certificate];
+        let by = format!("ca -config {issuer}.cnf -keyfile {issuer}.key -cert {issuer}.crt");
         for name in names {
-            self.openssl(&[&common[..], &["-revoke", &format!("{name}.crt")]].concat());
+            self.openssl(&format!("{by} -revoke {name}.crt"));
         }
-        let dates = ["-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", next_update];
-        self.openssl(&[&common[..], &["-gencrl", "-out", &list], &dates].concat());
+        self.openssl(&format!(
+            "{by} -gencrl -out {issuer}.crl -crl_lastupdate 20200101000000Z \
+             -crl_nextupdate {next_update}"
+        ));
     }
 
-    /// `curl`, as a client with these files of the directory, of a server on loopback.
-    /// Its answer's body, or `None` if it failed.
+    /// `curl`, as a client with these files of the directory, of a daemon on loopback. The answer's
+    /// body, or `None` if it failed.
     pub fn curl(&self, port: u16, client: Option<&str>, extra: &[&str]) -> Option<String> {
-        self.curl_trusting("ca.crt", port, client, extra)
-    }
-
-    /// Like [`Self::curl`], with the file of the CAs whose servers it trusts.
-    pub fn curl_trusting(
-        &self,
-        authorities: &str,
-        port: u16,
-        client: Option<&str>,
-        extra: &[&str],
-    ) -> Option<String> {
         let mut command = Command::new("curl");
         command
             .args(["--silent", "--show-error", "--fail", "--max-time", "20", "--noproxy", "*"])
-            .args(["--resolve", &format!("{SERVER_NAME}:{port}:127.0.0.1"), "--cacert"])
-            .args([authorities])
+            .args(["--resolve", &format!("{SERVER_NAME}:{port}:127.0.0.1")])
+            .args(["--cacert", "ca.crt"])
             .args(extra)
             .current_dir(&self.directory);
         if let Some(client) = client {

@@ -18,15 +18,12 @@ fn bundle(pki: &Pki, client: &str, issuer: &str) {
 
 /// Makes a certificate with `openssl x509 -req`, with a serial number of our choice.
 fn sign_simply(pki: &Pki, name: &str, issuer: &str, serial: &str, extensions: Option<&str>) {
-    let file = |suffix: &str| format!("{name}.{suffix}");
-    let (key, csr, crt) = (file("key"), file("csr"), file("crt"));
-    let (issuer_crt, issuer_key) = (format!("{issuer}.crt"), format!("{issuer}.key"));
-    let subject = format!("/CN={name}");
-    pki.openssl(&["req", "-new", "-key", &key, "-subj", &subject, "-out", &csr]);
-    let mut arguments = vec!["x509", "-req", "-in", &csr, "-out", &crt, "-days", "10"];
-    arguments.extend(["-CA", &issuer_crt, "-CAkey", &issuer_key, "-set_serial", serial]);
-    arguments.extend(extensions.into_iter().flat_map(|file| ["-extfile", file]));
-    pki.openssl(&arguments);
+    pki.openssl(&format!("req -new -key {name}.key -subj /CN={name} -out {name}.csr"));
+    let extensions = extensions.map(|file| format!("-extfile {file}")).unwrap_or_default();
+    pki.openssl(&format!(
+        "x509 -req -in {name}.csr -out {name}.crt -days 10 -CA {issuer}.crt -CAkey {issuer}.key \
+         -set_serial {serial} {extensions}"
+    ));
 }
 
 #[test]
@@ -45,15 +42,15 @@ fn every_kind_of_key() {
         // PKCS#1, SEC1, and SEC1 behind the parameters as `openssl ecparam -genkey` writes it.
         match kind {
             Kind::Rsa => {
-                pki.openssl(&["rsa", "-in", &key, "-traditional", "-out", "pkcs1.key"]);
+                pki.openssl(&format!("rsa -in {key} -traditional -out pkcs1.key"));
                 assert!(pki.read("pkcs1.key").starts_with("-----BEGIN RSA PRIVATE KEY-----"));
                 encodings.push("pkcs1.key".to_owned());
             }
             Kind::P256 | Kind::P384 => {
                 let (sec1, behind) = (name("sec1"), name("behind"));
-                pki.openssl(&["ec", "-in", &key, "-out", &sec1]);
+                pki.openssl(&format!("ec -in {key} -out {sec1}"));
                 assert!(pki.read(&sec1).starts_with("-----BEGIN EC PRIVATE KEY-----"));
-                let parameters = pki.openssl(&["ec", "-in", &key, "-param_out"]);
+                let parameters = pki.openssl(&format!("ec -in {key} -param_out"));
                 assert!(parameters.starts_with("-----BEGIN EC PARAMETERS-----"), "{parameters}");
                 fs::write(pki.path(&behind), parameters + &pki.read(&sec1)).unwrap();
                 encodings.extend([sec1, behind]);
@@ -210,7 +207,7 @@ fn revoked_clients_stay_out() {
     pki.authority("new", None, Profile { subject: "/CN=ca", kind: Kind::P256, ..CA });
     pki.issue("modern", "new", CLIENT);
     // The lost one's serial number comes from each CA anew.
-    let serial = pki.openssl(&["x509", "-in", "lost.crt", "-noout", "-serial"]);
+    let serial = pki.openssl("x509 -in lost.crt -noout -serial");
     let serial = serial.trim().replace("serial=", "0x");
     fs::write(pki.path("client.ext"), CLIENT.extensions).unwrap();
     sign_simply(&pki, "modern", "new", &serial, Some("client.ext"));

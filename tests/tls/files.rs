@@ -33,10 +33,9 @@ fn files_that_cannot_be_used() {
     let wrapped =
         |label: &str| format!("-----BEGIN {label}-----\nMAMCAQU=\n-----END {label}-----\n");
     let (ca, server, key) = (pki.read("ca.crt"), pki.read("server.crt"), pki.read("server.key"));
-    pki.openssl(&["pkey", "-in", "server.key", "-aes128", "-passout", "pass:x", "-out", "enc.key"]);
+    pki.openssl("pkey -in server.key -aes128 -passout pass:x -out enc.key");
     pki.key("rsa", Kind::Rsa);
-    let old = ["-in", "rsa.key", "-traditional", "-aes128", "-passout", "pass:x"];
-    pki.openssl(&[&["rsa", "-out", "old.key"], &old[..]].concat());
+    pki.openssl("rsa -in rsa.key -traditional -aes128 -passout pass:x -out old.key");
     pki.issue("p521", "ca", Profile { kind: Kind::P521, ..SERVER });
     pki.revoke("ca", &[], LATER);
     let list = pki.read("ca.crl");
@@ -106,7 +105,7 @@ fn files_that_cannot_be_used() {
     }
 
     // Comments, as `openssl x509 -text` writes them, and carriage returns are no harm.
-    let text = pki.openssl(&["x509", "-in", "ca.crt", "-text"]);
+    let text = pki.openssl("x509 -in ca.crt -text");
     fs::write(pki.credential("ca.crt"), format!("# ---- our CA ----\r\n{text}")).unwrap();
     fs::write(pki.credential("server.crt"), server.replace('\n', "\r\n")).unwrap();
     Site::start(pki).accepts("portal");
@@ -149,9 +148,10 @@ fn findings() {
     pki.issue("past", "ca", Profile { not_after: "20210101000000Z", ..SERVER });
     pki.issue("early", "ca", Profile { not_before: "20980101000000Z", ..SERVER });
     pki.issue("soon", "ca", SERVER);
-    let days = ["-days", "10", "-CA", "ca.crt", "-CAkey", "ca.key", "-extensions", "ext"];
-    let files = ["-in", "soon.csr", "-out", "soon.crt", "-extfile", "soon.ext"];
-    pki.openssl(&[&["x509", "-req"], &days[..], &files].concat());
+    pki.openssl(
+        "x509 -req -days 10 -CA ca.crt -CAkey ca.key -extensions ext -extfile soon.ext \
+         -in soon.csr -out soon.crt",
+    );
     let constraint = "nameConstraints=critical,permitted;DNS:.vpn.example.com\n";
     let extensions = format!("{}{constraint}", CA.extensions);
     pki.authority("tight", None, Profile { extensions: &extensions, ..CA });
