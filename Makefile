@@ -119,5 +119,5 @@ test-api: target/api/bin/st
 		target/api/bin/python tests/test-api target/debug/vpn-daemon $(PARTS)
 
 target/api/bin/st:
-	python3 -m venv target/api || { apt-get install -q -y python3-venv && python3 -m venv target/api; }
+	python3 -m venv target/api || { apt-get update -q && apt-get install -q -y python3-venv && python3 -m venv target/api; }
 	target/api/bin/pip install --quiet schemathesis==4.32.5
