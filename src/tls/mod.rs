@@ -182,7 +182,9 @@ impl Credentials {
             rustls::Error::InconsistentKeys(_) => key_error(
                 "does not belong to the first certificate in server.crt: put a pair there",
             ),
-            _ => key_error("cannot be used: it must be Ed25519, P-256, P-384 or RSA of 2048 bits"),
+            _ => key_error(
+                "cannot be used: must be Ed25519, P-256, P-384 or RSA of 2048 to 4096 bits",
+            ),
         })?;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;

@@ -37,6 +37,8 @@ fn every_kind_of_key() {
         pki.authority(&ca, None, Profile { kind, ..CA });
         pki.issue(&server, &ca, Profile { kind, ..SERVER });
         pki.issue(&client, &ca, Profile { kind, ..CLIENT });
+        pki.revoke(&ca, &[], LATER);
+        fs::rename(pki.path(&format!("{ca}.crl")), pki.path("list")).unwrap();
         let (ca, crt, key) = (ca + ".crt", format!("{server}.crt"), server + ".key");
         let mut encodings = vec![key.clone()];
         // PKCS#1, SEC1, and SEC1 behind the parameters as `openssl ecparam -genkey` writes it.
@@ -59,6 +61,7 @@ fn every_kind_of_key() {
         }
         for key in encodings {
             pki.credentials(&[&ca], &[&crt], &key);
+            fs::copy(pki.path("list"), pki.credential("ca.crl")).unwrap();
             let line = site.reload();
             assert!(line.contains("as they are now"), "{line}");
             let served = |who: &str| pki.curl(site.port(), Some(who), &["--cacert", &ca]).is_some();

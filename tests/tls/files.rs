@@ -64,9 +64,9 @@ fn files_that_cannot_be_used() {
         ("ca.crt", wrapped("CERTIFICATE"), "ca.crt cannot be used: certificate 1: "),
         ("server.crt", wrapped("CERTIFICATE"), "server.crt cannot be used: certificate 1: "),
         ("server.crt", server.clone() + &wrapped("CERTIFICATE"), "server.crt cannot be used: certificate 2: "),
-        ("server.key", wrapped("PRIVATE KEY"), "server.key cannot be used: it must be"),
-        ("server.key", wrapped("EC PRIVATE KEY"), "server.key cannot be used: it must be"),
-        ("server.key", wrapped("RSA PRIVATE KEY"), "server.key cannot be used: it must be"),
+        ("server.key", wrapped("PRIVATE KEY"), "server.key cannot be used: must be"),
+        ("server.key", wrapped("EC PRIVATE KEY"), "server.key cannot be used: must be"),
+        ("server.key", wrapped("RSA PRIVATE KEY"), "server.key cannot be used: must be"),
         ("ca.crl", wrapped("X509 CRL"), "ca.crl cannot be used: revocation list 1: "),
         // Beside what is good.
         ("ca.crt", ca.clone() + &wrapped("CERTIFICATE"), "ca.crt cannot be used: certificate 2: "),
@@ -90,7 +90,7 @@ fn files_that_cannot_be_used() {
         ("server.crt", ca.clone() + &server, "server.key does not belong to the first certificate"),
         ("server.key", pki.read("enc.key"), "server.key is encrypted: "),
         ("server.key", pki.read("old.key"), "server.key is encrypted: "),
-        ("server.key", pki.read("p521.key"), "server.key cannot be used: it must be"),
+        ("server.key", pki.read("p521.key"), "server.key cannot be used: must be"),
         ("ca.crt", " ".repeat(17 << 20), "ca.crt is larger than 16 MiB"),
     ];
     for (file, content, expected) in cases {
