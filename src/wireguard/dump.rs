@@ -153,13 +153,13 @@ fn request(kind: u16, flags: u16, command: u8, (attribute, text): (u16, &str)) -
 /// The number of the family from the controller's answer.
 fn parse_family(datagram: &[u8]) -> Result<u16, Errno> {
     for message in messages(datagram) {
-        let Message { kind, body, .. } = message?;
+        let (kind, _, body) = message?;
         if kind == NLMSG_ERROR {
             check_status(body)?;
         }
         for attribute in attributes(body.get(4..).ok_or(MALFORMED)?) {
             if let (CTRL_ATTR_FAMILY_ID, id) = attribute? {
-                return id.try_into().map(u16::from_ne_bytes).map_err(|_| MALFORMED);
+                return array(id).map(u16::from_ne_bytes);
             }
         }
     }
@@ -179,7 +179,7 @@ struct Report {
 impl Report {
     fn read_page(&mut self, datagram: &[u8]) -> Result<(), Errno> {
         for message in messages(datagram) {
-            let Message { kind, flags, body } = message?;
+            let (kind, flags, body) = message?;
             self.interrupted |= flags & NLM_F_DUMP_INTR != 0;
             match kind {
                 NLMSG_DONE => {
@@ -197,7 +197,7 @@ impl Report {
     fn read_device(&mut self, device: &[u8]) -> Result<(), Errno> {
         for attribute in attributes(device) {
             match attribute? {
-                (WGDEVICE_A_PUBLIC_KEY, key) => self.snapshot.own_key = Some(parse_key(key)?),
+                (WGDEVICE_A_PUBLIC_KEY, key) => self.snapshot.own_key = Some(array(key)?.into()),
                 (WGDEVICE_A_PEERS, peers) => {
                     for peer in attributes(peers) {
                         self.add(parse_peer(peer?.1)?);
@@ -226,10 +226,10 @@ fn parse_peer(peer: &[u8]) -> Result<Peer, Errno> {
     let mut allowed_ips = Vec::new();
     for attribute in attributes(peer) {
         match attribute? {
-            (WGPEER_A_PUBLIC_KEY, bytes) => public_key = Some(parse_key(bytes)?),
+            (WGPEER_A_PUBLIC_KEY, bytes) => public_key = Some(array(bytes)?.into()),
             (WGPEER_A_LAST_HANDSHAKE_TIME, bytes) => last_handshake = parse_time(bytes)?,
-            (WGPEER_A_RX_BYTES, bytes) => rx_bytes = parse_u64(bytes)?,
-            (WGPEER_A_TX_BYTES, bytes) => tx_bytes = parse_u64(bytes)?,
+            (WGPEER_A_RX_BYTES, bytes) => rx_bytes = u64::from_ne_bytes(array(bytes)?),
+            (WGPEER_A_TX_BYTES, bytes) => tx_bytes = u64::from_ne_bytes(array(bytes)?),
             (WGPEER_A_ALLOWEDIPS, nested) => {
                 // A vector that grows has room for four: too much for a hundred thousand peers.
                 allowed_ips.reserve_exact(attributes(nested).count());
@@ -257,27 +257,20 @@ fn parse_allowed_ip(allowed_ip: &[u8]) -> Result<AllowedIp, Errno> {
 }
 
 fn parse_address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+    array::<4>(bytes).map(IpAddr::from).or_else(|_| array::<16>(bytes).map(IpAddr::from)).ok()
 }
 
 /// Seconds and nanoseconds since 1970; zero for never.
 fn parse_time(bytes: &[u8]) -> Result<Option<SystemTime>, Errno> {
     let (seconds, nanoseconds) = bytes.split_at_checked(8).ok_or(MALFORMED)?;
-    let (seconds, nanoseconds) = (parse_u64(seconds)?, parse_u64(nanoseconds)?);
-    if (seconds, nanoseconds) == (0, 0) {
-        return Ok(None);
-    }
-    let since = Duration::from_secs(seconds).checked_add(Duration::from_nanos(nanoseconds));
-    Ok(SystemTime::UNIX_EPOCH.checked_add(since.ok_or(MALFORMED)?))
+    let seconds = Duration::from_secs(u64::from_ne_bytes(array(seconds)?));
+    let nanoseconds = Duration::from_nanos(u64::from_ne_bytes(array(nanoseconds)?));
+    let since = seconds.checked_add(nanoseconds).ok_or(MALFORMED)?;
+    Ok(SystemTime::UNIX_EPOCH.checked_add(since).filter(|_| !since.is_zero()))
 }
 
-fn parse_u64(bytes: &[u8]) -> Result<u64, Errno> {
-    bytes.try_into().map(u64::from_ne_bytes).map_err(|_| MALFORMED)
-}
-
-fn parse_key(bytes: &[u8]) -> Result<PublicKey, Errno> {
-    <[u8; 32]>::try_from(bytes).map(PublicKey::from).map_err(|_| MALFORMED)
+fn array<const N: usize>(bytes: &[u8]) -> Result<[u8; N], Errno> {
+    bytes.try_into().map_err(|_| MALFORMED)
 }
 
 /// `NLMSG_ERROR` and `NLMSG_DONE` begin with a status: zero, or a negative error number.
@@ -289,20 +282,13 @@ fn check_status(body: &[u8]) -> Result<(), Errno> {
     }
 }
 
-/// A message of the kernel's.
-struct Message<'a> {
-    kind: u16,
-    flags: u16,
-    body: &'a [u8],
-}
-
-/// The messages of a datagram.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = Result<Message<'_>, Errno>> {
+/// The messages of a datagram: type, flags, payload.
+fn messages(datagram: &[u8]) -> impl Iterator<Item = Result<(u16, u16, &[u8]), Errno>> {
     records(datagram, |bytes| {
         let [l0, l1, l2, l3, k0, k1, f0, f1, ..] = *bytes.first_chunk::<16>()?;
         let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).ok()?;
         let (kind, flags) = (u16::from_ne_bytes([k0, k1]), u16::from_ne_bytes([f0, f1]));
-        Some((length, Message { kind, flags, body: bytes.get(16..length)? }))
+        Some((length, (kind, flags, bytes.get(16..length)?)))
     })
 }
 
@@ -589,7 +575,7 @@ mod tests {
     #[test]
     fn requests() {
         let bytes = request(FAMILY, NLM_F_REQUEST, 3, (2, "wg-15-bytes-xyz"));
-        let Message { kind, flags, body } = messages(&bytes).next().unwrap().unwrap();
+        let (kind, flags, body) = messages(&bytes).next().unwrap().unwrap();
         assert_eq!((bytes.len() % 4, kind, flags, &body[..4]), (0, FAMILY, 1, &[3, 1, 0, 0][..]));
         let attributes: Vec<_> = attributes(&body[4..]).map(Result::unwrap).collect();
         assert_eq!(attributes, [(2, &b"wg-15-bytes-xyz\0"[..])]);

@@ -1,5 +1,6 @@
 //! The kernel's WireGuard device: listed by our own dump, changed through the crate.
 
+use std::fmt::Display;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use wireguard_uapi::err::{NlError, SetDeviceError};
 use wireguard_uapi::linux::set;
 
 use super::sync::batches;
-use super::{AllowedIp, Backend, Change, DeviceName, Peer, PublicKey, Snapshot, dump};
+use super::{AllowedIp, Applied, Backend, Change, DeviceName, Peer, PublicKey, Snapshot, dump};
 use crate::agent::{Failure, FailureKind};
 
 /// How often a disturbed dump is started again.
@@ -33,18 +34,7 @@ impl<'a> Kernel<'a> {
         Ok(Self { device, own_key: dump::own_key(device)?, deadline })
     }
 
-    fn change(&self, socket: &mut WgSocket, changes: &[Change]) -> Result<(), Failure> {
-        let peers = changes.iter().map(peer).collect();
-        let request = set::Device::from_ifname(self.device.as_str()).peers(peers);
-        socket.set_device(request).map_err(|error| match error {
-            SetDeviceError::NlError(NlError::Nlmsgerr(refusal)) => {
-                failure(self.device, Errno::from_raw(refusal.error.saturating_neg()))
-            }
-            error => self.unusable(&error.to_string()),
-        })
-    }
-
-    fn unusable(&self, reason: &str) -> Failure {
+    fn unusable(&self, reason: &dyn Display) -> Failure {
         let sentence = format!("WireGuard device {} could not be used: {reason}", self.device);
         Failure::new(FailureKind::Failed, sentence)
     }
@@ -77,20 +67,21 @@ impl Backend for Kernel<'_> {
         self.apply(&[Change::Set(key, allowed_ips)], &[], &mut |_| ())
     }
 
-    fn apply(
-        &self,
-        changes: &[Change],
-        _: &[Peer],
-        applied: &mut dyn FnMut(usize),
-    ) -> Result<(), Failure> {
-        let socket = WgSocket::connect().map_err(|error| self.unusable(&error.to_string()));
-        let mut socket = socket?;
+    fn apply(&self, changes: &[Change], _: &[Peer], applied: Applied) -> Result<(), Failure> {
+        let mut socket = WgSocket::connect().map_err(|error| self.unusable(&error))?;
         let mut done = 0;
         for batch in batches(changes, MESSAGE_ITEMS) {
             if Instant::now() >= self.deadline {
                 return Err(failure(self.device, Errno::EAGAIN));
             }
-            self.change(&mut socket, batch)?;
+            let request = set::Device::from_ifname(self.device.as_str());
+            let peers = batch.iter().map(peer).collect();
+            socket.set_device(request.peers(peers)).map_err(|error| match error {
+                SetDeviceError::NlError(NlError::Nlmsgerr(refusal)) => {
+                    failure(self.device, Errno::from_raw(refusal.error.saturating_neg()))
+                }
+                error => self.unusable(&error),
+            })?;
             done += batch.len();
             applied(done);
         }

@@ -6,7 +6,6 @@ mod sync;
 mod types;
 mod userspace;
 
-use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -19,7 +18,7 @@ use crate::logging::AUDIT;
 use kernel::Kernel;
 use sync::Change;
 pub use sync::{Synced, WantedPeer};
-pub use types::{AllowedIp, DeviceName, ParseError, Peer, PublicKey};
+pub use types::{AllowedIp, DeviceName, Peer, PublicKey};
 use userspace::{Known, Userspace};
 
 /// The one WireGuard device that the daemon manages.
@@ -39,16 +38,13 @@ trait Backend {
     fn snapshot(&self) -> Result<Snapshot, Failure>;
     /// Adds the peer, or replaces its allowed IPs.
     fn add(&self, key: PublicKey, allowed_ips: &[AllowedIp]) -> Result<(), Failure>;
-    /// Applies the changes in their order to a device that has these peers, and tells `applied` how
-    /// many are known to be applied. A change that has begun before the deadline is finished, so that
-    /// no peer is left with half of its allowed IPs.
-    fn apply(
-        &self,
-        changes: &[Change],
-        present: &[Peer],
-        applied: &mut dyn FnMut(usize),
-    ) -> Result<(), Failure>;
+    /// Applies the changes in their order to a device that has these peers. A change that has begun
+    /// before the deadline is finished, so that no peer is left with half of its allowed IPs.
+    fn apply(&self, changes: &[Change], present: &[Peer], applied: Applied) -> Result<(), Failure>;
 }
+
+/// Told how many changes are known to be applied.
+type Applied<'a> = &'a mut dyn FnMut(usize);
 
 /// A device at one moment.
 #[derive(Default, PartialEq, Eq, Debug)]
@@ -114,7 +110,7 @@ impl WireGuard {
                 return Ok(None);
             };
             backend.apply(&[Change::Remove(key)], &present, &mut |_| ())?;
-            info!(target: AUDIT, "{}, asked by {asked_by}", Removed(name, peer));
+            info!(target: AUDIT, "{}", removed(peer, name, asked_by));
             Ok(Some(peer.clone()))
         })
     }
@@ -152,15 +148,15 @@ impl WireGuard {
             let result = backend.apply(&changes, &present, &mut |done| {
                 // Their counters are not to be lost with an answer that comes too late.
                 for peer in synced.removed.iter().take(done).skip(applied) {
-                    info!("{}, asked by {asked_by}", Removed(name, peer));
+                    info!("{}", removed(peer, name, asked_by));
                 }
                 applied = done;
                 *lock(&shared) = (changes.len(), applied);
             });
-            let ([removed, updated, added], unchanged) = (synced.counts(applied), synced.unchanged);
+            let ([gone, updated, added], unchanged) = (synced.counts(applied), synced.unchanged);
             info!(
                 target: AUDIT,
-                "{name}: {added} peers added, {updated} updated, {removed} removed, \
+                "{name}: {added} peers added, {updated} updated, {gone} removed, \
                  {unchanged} left as they are, asked by {asked_by}"
             );
             result.map(|()| synced)
@@ -203,7 +199,7 @@ impl Device {
             Err(kernel @ (Errno::ENODEV | Errno::ENOENT | Errno::EOPNOTSUPP | Errno::EPERM)) => {
                 Ok(Box::new(Userspace {
                     device: &self.name,
-                    path: userspace::socket_path(&self.name),
+                    path: format!("/var/run/wireguard/{}.sock", self.name).into(),
                     kernel,
                     known: &self.known,
                     deadline,
@@ -214,17 +210,11 @@ impl Device {
     }
 }
 
-/// Says of a peer that it was removed, for the log.
-struct Removed<'a>(&'a DeviceName, &'a Peer);
-
-impl fmt::Display for Removed<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(device, Peer { public_key, rx_bytes, tx_bytes, .. }) = self;
-        write!(
-            f,
-            "peer {public_key} on {device}: removed after {rx_bytes} bytes in, {tx_bytes} bytes out"
-        )
-    }
+fn removed(peer: &Peer, device: &DeviceName, asked_by: &str) -> String {
+    let Peer { public_key: key, rx_bytes: rx, tx_bytes: tx, .. } = peer;
+    format!(
+        "peer {key} on {device}: removed after {rx} bytes in, {tx} bytes out, asked by {asked_by}"
+    )
 }
 
 fn refuse_own_key(

@@ -14,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 pub struct DeviceName(String);
 
 /// The public key of a peer or device: 32 bytes, written as canonical base64 (44 characters).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct PublicKey([u8; 32]);
 
 /// `wg0`.
@@ -46,34 +46,24 @@ pub struct Peer {
     pub tx_bytes: u64,
 }
 
-/// Why text is no public key, allowed IP or device name: completes a sentence that begins with
-/// the name of the parameter or flag, e.g. "`public_key` must be …".
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ParseError(pub &'static str);
-
-impl fmt::Display for ParseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
-    }
-}
-impl std::error::Error for ParseError {}
-
 impl DeviceName {
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
+// The errors complete a sentence that begins with the name of the parameter or flag.
+
 impl FromStr for DeviceName {
-    type Err = ParseError;
+    type Err = &'static str;
     /// The kernel's rule for names (`dev_valid_name`), within `IFNAMSIZ`.
-    fn from_str(text: &str) -> Result<Self, ParseError> {
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text.is_empty() || text.len() > 15 {
-            return Err(ParseError("must have 1 to 15 characters"));
+            return Err("must have 1 to 15 characters");
         }
         let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         if text == "." || text == ".." || text.contains(forbidden) {
-            return Err(ParseError("must be the name of a network interface, such as wg0"));
+            return Err("must be the name of a network interface, such as wg0");
         }
         Ok(Self(text.to_owned()))
     }
@@ -96,13 +86,11 @@ impl From<[u8; 32]> for PublicKey {
     }
 }
 impl FromStr for PublicKey {
-    type Err = ParseError;
-    fn from_str(text: &str) -> Result<Self, ParseError> {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
         // `STANDARD` demands the padding and refuses stray bits before it.
         let bytes = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
-        bytes
-            .map(Self)
-            .ok_or(ParseError("must be 32 bytes in base64 (44 characters, the last one `=`)"))
+        bytes.map(Self).ok_or("must be 32 bytes in base64 (44 characters, the last one `=`)")
     }
 }
 impl fmt::Display for PublicKey {
@@ -110,12 +98,6 @@ impl fmt::Display for PublicKey {
         fmt::Display::fmt(&Base64Display::new(&self.0, &STANDARD), f)
     }
 }
-impl fmt::Debug for PublicKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 impl AllowedIp {
     /// Clears the host bits, as WireGuard does; `None` where the prefix is longer than the address.
     pub fn new(address: IpAddr, prefix_len: u8) -> Option<Self> {
@@ -135,11 +117,10 @@ impl AllowedIp {
     }
 }
 impl FromStr for AllowedIp {
-    type Err = ParseError;
-    fn from_str(text: &str) -> Result<Self, ParseError> {
-        const MALFORMED: ParseError = ParseError(
-            "must be an address and a prefix length, such as 10.0.0.1/32 or fd00::1/128",
-        );
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const MALFORMED: &str =
+            "must be an address and a prefix length, such as 10.0.0.1/32 or fd00::1/128";
         let (address, prefix_len) = text.split_once('/').ok_or(MALFORMED)?;
         // std's integers also take a sign and leading zeros.
         let plain = prefix_len.bytes().all(|b| b.is_ascii_digit())
@@ -147,7 +128,7 @@ impl FromStr for AllowedIp {
         let address: IpAddr = address.parse().map_err(|_| MALFORMED)?;
         let prefix_len = prefix_len.parse().ok().filter(|_| plain).ok_or(MALFORMED)?;
         Self::new(address, prefix_len)
-            .ok_or(ParseError("must have a prefix length of at most 32 (IPv4) or 128 (IPv6)"))
+            .ok_or("must have a prefix length of at most 32 (IPv4) or 128 (IPv6)")
     }
 }
 impl fmt::Display for AllowedIp {

@@ -4,6 +4,7 @@
 //! and parses the answers; the socket, its deadline and what the crate cannot take are ours.
 
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -17,8 +18,10 @@ use wireguard_uapi::get;
 use wireguard_uapi::xplatform::parser::{ParseGetResponseError, parse};
 use wireguard_uapi::xplatform::set;
 
-use super::sync::batches;
-use super::{AllowedIp, Backend, Change, DeviceName, Peer, PublicKey, Snapshot};
+use super::sync::{batches, plan};
+use super::{
+    AllowedIp, Applied, Backend, Change, DeviceName, Peer, PublicKey, Snapshot, WantedPeer,
+};
 use crate::agent::{Failure, FailureKind};
 use crate::lock;
 use crate::unix::Stream;
@@ -48,18 +51,9 @@ pub(super) struct Userspace<'a> {
     pub(super) deadline: Instant,
 }
 
-/// Whether the process changes peers that exist, and the socket for which that was found out: another
-/// process makes another.
-#[derive(Default)]
-pub(super) struct Known(Mutex<Option<(Socket, bool)>>);
-
-/// Number and time of the socket's file.
-type Socket = (u64, i64, i64);
-
-/// Where the process of a device listens.
-pub(super) fn socket_path(device: &DeviceName) -> PathBuf {
-    format!("/var/run/wireguard/{device}.sock").into()
-}
+/// Number and time of the socket's file, since another process makes another, and whether the process
+/// behind it changes peers that exist.
+pub(super) type Known = Mutex<Option<((u64, i64, i64), bool)>>;
 
 impl Backend for Userspace<'_> {
     fn snapshot(&self) -> Result<Snapshot, Failure> {
@@ -71,23 +65,14 @@ impl Backend for Userspace<'_> {
         if self.changes_peers()? {
             return self.change(Vec::new(), vec![addition(key, allowed_ips)]);
         }
-        let before = self.snapshot()?;
-        super::refuse_own_key(self.device, before.own_key, &key)?;
-        let present = before.peers.iter().find(|peer| peer.public_key == key);
-        if present
-            .is_some_and(|peer| super::sorted(&peer.allowed_ips) == super::sorted(allowed_ips))
-        {
-            return Ok(());
-        }
-        self.apply(&[Change::Set(key, allowed_ips)], &before.peers, &mut |_| ())
+        let Snapshot { own_key, mut peers } = self.snapshot()?;
+        super::refuse_own_key(self.device, own_key, &key)?;
+        peers.retain(|peer| peer.public_key == key);
+        let wanted = [WantedPeer { public_key: key, allowed_ips: super::sorted(allowed_ips) }];
+        self.apply(&plan(&peers, &wanted).1, &peers, &mut |_| ())
     }
 
-    fn apply(
-        &self,
-        changes: &[Change],
-        present: &[Peer],
-        applied: &mut dyn FnMut(usize),
-    ) -> Result<(), Failure> {
+    fn apply(&self, changes: &[Change], present: &[Peer], applied: Applied) -> Result<(), Failure> {
         // boringtun panics when a peer that exists is changed: those are removed and added.
         let replaced: HashSet<_> = match changes.is_empty() || self.changes_peers()? {
             true => HashSet::new(),
@@ -132,26 +117,16 @@ impl Userspace<'_> {
     /// is on its way the addition follows, be it past the deadline: no time-out loses a peer.
     fn change(&self, removed: Vec<set::Peer>, added: Vec<set::Peer>) -> Result<(), Failure> {
         let (mut result, mut deadline) = (Ok(()), self.deadline);
-        if !removed.is_empty() {
-            result = self.status(self.request(removed, deadline)?);
+        for peers in [removed, added].into_iter().filter(|peers| !peers.is_empty()) {
+            let request = set::Device { peers, ..set::Device::default() };
+            let stream = self.send(&format!("set=1\n{request}\n"), deadline)?;
+            result = parse_lines(stream).map(drop).map_err(|error| self.parse_failure(error));
             if result.as_ref().is_err_and(|failure| !failure.is_timeout()) {
-                return result;
+                break;
             }
-            deadline += OVERTIME;
-        }
-        if !added.is_empty() {
-            result = self.status(self.request(added, deadline)?);
+            deadline = self.deadline + OVERTIME;
         }
         result
-    }
-
-    fn request(&self, peers: Vec<set::Peer>, deadline: Instant) -> Result<Stream, Failure> {
-        let request = set::Device { peers, ..set::Device::default() };
-        self.send(&format!("set=1\n{request}\n"), deadline)
-    }
-
-    fn status(&self, stream: Stream) -> Result<(), Failure> {
-        parse_lines(stream).map(drop).map_err(|error| self.parse_failure(error))
     }
 
     /// Whether the process can change a peer that exists: wireguard-go can, boringtun cannot. It is
@@ -159,7 +134,7 @@ impl Userspace<'_> {
     fn changes_peers(&self) -> Result<bool, Failure> {
         let file = fs::metadata(&self.path).map_err(|error| self.io_failure(&error))?;
         let socket = (file.ino(), file.ctime(), file.ctime_nsec());
-        if let Some((known, changes)) = *lock(&self.known.0)
+        if let Some((known, changes)) = *lock(self.known)
             && known == socket
         {
             return Ok(changes);
@@ -171,7 +146,7 @@ impl Userspace<'_> {
         // `own_public_key=`. A device that has none yet does not say who it is.
         let changes = &start == b"priv";
         if changes || &start == b"own_" {
-            *lock(&self.known.0) = Some((socket, changes));
+            *lock(self.known) = Some((socket, changes));
         }
         Ok(changes)
     }
@@ -198,32 +173,32 @@ impl Userspace<'_> {
     }
 
     fn io_failure(&self, error: &io::Error) -> Failure {
+        use ErrorKind::{ConnectionRefused, NotFound, PermissionDenied, TimedOut};
         let Self { device, path, .. } = self;
         let path = path.display();
-        let kind = error.kind();
         // A userspace device, too, has a network interface of its name.
         let exists = self.kernel != Errno::ENODEV && if_nametoindex(device.as_str()).is_ok();
-        let sentence = match (kind, self.kernel) {
-            (ErrorKind::TimedOut, _) => {
+        let sentence = match (error.kind(), self.kernel) {
+            (TimedOut, _) => {
                 let sentence = format!("WireGuard socket {path} did not answer in time: try again");
                 return Failure::new(FailureKind::Timeout, sentence);
             }
-            (ErrorKind::NotFound | ErrorKind::PermissionDenied, _) if !exists => format!(
+            (NotFound | PermissionDenied, _) if !exists => format!(
                 "WireGuard device {device} does not exist: create it (`ip link add {device} type wireguard`, \
                  wg-quick, wireguard-go or boringtun) or name another one with -wg-device"
             ),
-            (ErrorKind::NotFound | ErrorKind::PermissionDenied, Errno::EPERM) => format!(
+            (NotFound | PermissionDenied, Errno::EPERM) => format!(
                 "WireGuard device {device} may not be managed by this process: give it the capability CAP_NET_ADMIN"
             ),
-            (ErrorKind::NotFound, _) => format!(
+            (NotFound, _) => format!(
                 "network interface {device} is not a WireGuard device, and {path} does not exist: \
                  name a WireGuard device with -wg-device"
             ),
-            (ErrorKind::PermissionDenied, _) => format!(
+            (PermissionDenied, _) => format!(
                 "WireGuard socket {path} may not be used by this process: \
                  give its user access to the socket and its directory"
             ),
-            (ErrorKind::ConnectionRefused, _) => format!(
+            (ConnectionRefused, _) => format!(
                 "WireGuard socket {path} has no process behind it: start the device's process, or remove the file"
             ),
             _ => format!("WireGuard socket {path} failed: {error}"),
@@ -233,26 +208,22 @@ impl Userspace<'_> {
 
     fn parse_failure(&self, error: ParseGetResponseError) -> Failure {
         let path = self.path.display();
-        let sentence = match error {
-            ParseGetResponseError::ReadLineIoError(error)
-                if error.kind() != ErrorKind::InvalidData =>
-            {
-                return self.io_failure(&error);
-            }
+        let reason: &dyn Display = match &error {
+            ParseGetResponseError::ReadLineIoError(error) => match error.kind() {
+                ErrorKind::InvalidData => error,
+                _ => return self.io_failure(error),
+            },
             ParseGetResponseError::ServerError(errno) => {
-                let errno = errno.parse().map_or(0, i32::saturating_abs);
-                let reason = Errno::from_raw(errno).desc();
-                format!("WireGuard socket {path} refused the request: {reason}")
+                let reason = Errno::from_raw(errno.parse().map_or(0, i32::saturating_abs)).desc();
+                let sentence = format!("WireGuard socket {path} refused the request: {reason}");
+                return Failure::new(FailureKind::Failed, sentence);
             }
-            ParseGetResponseError::ReadLineIoError(reason) => not_wireguard(&path, &reason),
-            reason => not_wireguard(&path, &reason),
+            error => error,
         };
+        let sentence =
+            format!("WireGuard socket {path} does not speak WireGuard's protocol: {reason}");
         Failure::new(FailureKind::Failed, sentence)
     }
-}
-
-fn not_wireguard(path: &impl std::fmt::Display, reason: &impl std::fmt::Display) -> String {
-    format!("WireGuard socket {path} does not speak WireGuard's protocol: {reason}")
 }
 
 /// Parses the answer to `get=1`. boringtun alone tells its own public key, and how long ago a
@@ -260,25 +231,24 @@ fn not_wireguard(path: &impl std::fmt::Display, reason: &impl std::fmt::Display)
 fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGetResponseError> {
     let (mut peers, is_boringtun) = parse_lines(stream)?;
     let own_key = is_boringtun.then(|| peers.remove(0).public_key.into());
-    let peers = peers.into_iter().map(|peer| {
+    let time = |time: Duration| match is_boringtun {
+        _ if time.is_zero() => None,
+        true => now.checked_sub(time),
+        false => SystemTime::UNIX_EPOCH.checked_add(time),
+    };
+    let peer = |peer: get::Peer| {
         let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
-        let mut allowed_ips = allowed_ips
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| malformed("it has an impossible allowed IP"))?;
-        allowed_ips.shrink_to_fit();
-        let handshake = Some(peer.last_handshake_time).filter(|time| !time.is_zero());
-        Ok(Peer {
+        Some(Peer {
             public_key: peer.public_key.into(),
-            allowed_ips,
-            last_handshake: handshake.and_then(|time| match is_boringtun {
-                true => now.checked_sub(time),
-                false => SystemTime::UNIX_EPOCH.checked_add(time),
-            }),
+            allowed_ips: allowed_ips.collect::<Option<_>>()?,
+            last_handshake: time(peer.last_handshake_time),
             rx_bytes: peer.rx_bytes,
             tx_bytes: peer.tx_bytes,
         })
-    });
-    let peers = peers.collect::<io::Result<_>>().map_err(ParseGetResponseError::ReadLineIoError)?;
+    };
+    let peers = peers.into_iter().map(peer).collect::<Option<_>>().ok_or_else(|| {
+        ParseGetResponseError::ReadLineIoError(malformed("it has an impossible allowed IP"))
+    })?;
     Ok(Snapshot { own_key, peers })
 }
 
@@ -588,7 +558,7 @@ mod tests {
             (0..20_000).map(|n| format!("fd00::{n:x}/128").parse().unwrap()).collect();
         let changes: Vec<_> =
             (0..200).map(|number| Change::Set([number; 32].into(), &ips[..1])).collect();
-        *lock(&process.known.0) = {
+        *lock(&process.known) = {
             let file = fs::metadata(&process.path).unwrap();
             Some(((file.ino(), file.ctime(), file.ctime_nsec()), true))
         };
