@@ -11,6 +11,9 @@ use crate::row::{Row, Unit, seconds, turns};
 use crate::vm::{Initramfs, Kernel, Machine, which};
 use crate::{Process, Say, get};
 
+/// Any private key: a device without one has no use for peers.
+const KEY: &str = "QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEA=";
+
 /// The variable that is set in the machine.
 pub const GUEST: &str = "GUEST";
 /// What a line of the guest begins with that holds a row, in JSON.
@@ -197,7 +200,11 @@ impl Device {
     }
 
     fn setconf(&self, peers: &str) {
-        run("wg", &["setconf", &self.name, "/dev/stdin"], &format!("[Interface]\n{peers}"));
+        run(
+            "wg",
+            &["setconf", &self.name, "/dev/stdin"],
+            &format!("[Interface]\nPrivateKey = {KEY}\n{peers}"),
+        );
     }
 
     fn remove(&self, peers: &[Peer]) {

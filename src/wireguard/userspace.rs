@@ -143,9 +143,9 @@ impl Userspace<'_> {
         let read = self.send("get=1\n\n", self.deadline)?.read_exact(&mut start);
         read.map_err(|error| self.io_failure(&error))?;
         // Each begins with the device's key: `private_key=` as the protocol wants it, boringtun with
-        // `own_public_key=`. A device that has none yet does not say who it is.
-        let changes = &start == b"priv";
-        if changes || &start == b"own_" {
+        // `own_public_key=`. A device without a key, which has no use for peers, does not say who it is.
+        let changes = &start != b"own_";
+        if !changes || &start == b"priv" {
             *lock(self.known) = Some((socket, changes));
         }
         Ok(changes)
