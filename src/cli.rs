@@ -23,18 +23,16 @@ which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
   -wg-device NAME        WireGuard network interface (default wg0)
   -openvpn-dir DIR       directory of the OpenVPN management sockets
                          (default /run/openvpn-server)
-  -allow-host NAME       accept requests for this host name too; without TLS on a
-                         loopback address only localhost and loopback addresses are
-                         accepted (may be repeated)
+  -allow-host NAME       a name that requests may be for, beside localhost, where
+                         the daemon serves a loopback address without TLS (repeatable)
   -max-connections N     connections served at the same time, 1 to 65536
                          (default 256)
   -version               print the version
   -help                  print this text
 
 vpn-daemon check looks at everything that the daemon needs, changes nothing, and says
-how to mend what is wrong (-json: as JSON). What no flag says it takes from where the
-service has it: WG_DEVICE and LISTEN in /etc/default/vpn-daemon or
-/etc/sysconfig/vpn-daemon, and the credentials of the running service.
+how to mend what is wrong (-json: as JSON). Settings that no flag gives, and the
+credentials, are those of the service.
 Exit status: 0 all is well, 1 warnings, 2 problems.
 
 Environment:
@@ -147,25 +145,22 @@ fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
         let flag = flag.to_owned();
         match flag.as_str() {
             "listen" => {
-                options.listen = checked(&flag, parser.value()?)?;
+                options.listen = checked(&flag, &mut parser)?;
                 given.listen = true;
             }
             "wg-device" => {
-                options.wg_device = checked(&flag, parser.value()?)?;
+                options.wg_device = checked(&flag, &mut parser)?;
                 given.wg_device = true;
             }
             "openvpn-dir" => options.openvpn_dir = parser.value()?.into(),
             "max-connections" => {
-                options.max_connections = match checked(&flag, parser.value()?)? {
-                    number @ 1..=MAX_CONNECTIONS => number,
-                    _ => {
-                        let sentence = format!("-max-connections: must be 1 to {MAX_CONNECTIONS}");
-                        return Err(sentence.into());
-                    }
+                options.max_connections = checked(&flag, &mut parser)?;
+                if !(1..=MAX_CONNECTIONS).contains(&options.max_connections) {
+                    return Err(format!("-{flag}: must be 1 to {MAX_CONNECTIONS}").into());
                 }
             }
             "allow-host" => {
-                let name: String = checked(&flag, parser.value()?)?;
+                let name: String = checked(&flag, &mut parser)?;
                 let in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
                 if name.is_empty() || !name.bytes().all(in_name) {
                     return Err(format!("-allow-host {name}: is not a host name").into());
@@ -191,11 +186,12 @@ fn two_dashes(argument: OsString) -> OsString {
     }
 }
 
-fn checked<T: FromStr<Err: fmt::Display>>(flag: &str, value: OsString) -> Result<T, String> {
-    let value = value
-        .into_string()
-        .map_err(|value| format!("-{flag} {}: is not UTF-8", value.to_string_lossy()))?;
-    value.parse().map_err(|error| format!("-{flag} {value}: {error}"))
+fn checked<T>(flag: &str, parser: &mut lexopt::Parser) -> Result<T, lexopt::Error>
+where
+    T: FromStr<Err: fmt::Display>,
+{
+    let value = parser.value()?.string()?;
+    value.parse().map_err(|error| format!("-{flag} {value}: {error}").into())
 }
 
 impl FromStr for ListenAddress {

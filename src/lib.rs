@@ -18,6 +18,7 @@ mod tls;
 mod unix;
 pub mod wireguard;
 
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -125,16 +126,13 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
         let _ = kill(Pid::this(), GAVE_UP);
     };
     let parent = runtime_directory();
-    let no_inner = |error| {
-        format!(
-            "cannot make the inner socket in {}: {error}; RUNTIME_DIRECTORY or TMPDIR names \
-             another directory",
-            parent.display()
-        )
+    let no_inner = || {
+        let directory = parent.display();
+        cannot(format!("make a socket in {directory} (RUNTIME_DIRECTORY or TMPDIR names another)"))
     };
     // Here and not in the threads that use it: it goes however this function ends.
-    let directory = InnerDirectory::below(&parent).map_err(no_inner)?;
-    let (inner, inner_listener) = Inner::open(&directory, failed).map_err(no_inner)?;
+    let directory = InnerDirectory::below(&parent).map_err(no_inner())?;
+    let (inner, inner_listener) = Inner::open(&directory, failed).map_err(no_inner())?;
     let inner_socket = inner.socket().to_owned();
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
@@ -155,16 +153,18 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     };
     alive(FIRST_ANSWER_TIME).map_err(cannot("answer a request of its own"))?;
     info!("listening on {url}");
-    log_findings(tls.as_deref());
-    notifier.ready(&status());
     let daily = tls.clone();
-    systemd::keep(Arc::clone(&notifier), alive, move || log_findings(daily.as_deref()))
+    let log_findings = move || daily.iter().for_each(|tls| tls.log_findings(SystemTime::now()));
+    log_findings();
+    notifier.ready(&status());
+    systemd::keep(Arc::clone(&notifier), alive, log_findings.clone())
         .map_err(cannot("start the watchdog's thread"))?;
     let last = loop {
         match signals.wait() {
             Ok(Signal::SIGHUP) => {
                 notifier.reloading();
                 reload(tls.as_deref());
+                log_findings();
                 front_door.close_idle();
                 notifier.ready(&status());
             }
@@ -180,7 +180,7 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     }
 }
 
-fn cannot(what: &'static str) -> impl FnOnce(io::Error) -> String {
+fn cannot(what: impl Display) -> impl FnOnce(io::Error) -> String {
     move |error| format!("cannot {what}: {error}")
 }
 
@@ -189,13 +189,6 @@ fn reload(tls: Option<&tls::Tls>) {
         None => info!("SIGHUP: no credentials to read again, CREDENTIALS_DIRECTORY is not set"),
         Some(Ok(())) => info!("SIGHUP: new connections use the credentials as they are now"),
         Some(Err(error)) => error!("SIGHUP: the old credentials stay in force: {error}"),
-    }
-    log_findings(tls);
-}
-
-fn log_findings(tls: Option<&tls::Tls>) {
-    if let Some(tls) = tls {
-        tls.log_findings(SystemTime::now());
     }
 }
 
@@ -232,10 +225,8 @@ fn raise_open_files(connections: usize) -> usize {
 /// Open files that serving `connections` at a time takes, and how many `allowed` ones suffice for.
 fn open_files(connections: usize, allowed: u64) -> (u64, usize) {
     let needed = connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS;
-    if allowed >= needed {
-        return (needed, connections);
-    }
-    // A quarter for the connections leaves three for everything else.
-    let affordable = usize::try_from(allowed / 4 / DESCRIPTORS_PER_CONNECTION);
+    // Too few are shared: the connections have a quarter of them at least.
+    let others = OTHER_DESCRIPTORS.min(allowed / 4 * 3);
+    let affordable = usize::try_from((allowed - others) / DESCRIPTORS_PER_CONNECTION);
     (needed, affordable.unwrap_or(usize::MAX).clamp(1, connections))
 }

@@ -7,21 +7,20 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, LazyLock, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use log::{Level, LevelFilter, Log, Metadata, Record, error, warn};
+use log::{Level, LevelFilter, error, warn};
 
 use crate::{lock, rfc3339};
 
 /// The target of lines that say who changed what.
 pub(crate) const AUDIT: &str = "vpn_daemon::audit";
 
-/// How long a line of [`AUDIT`] waits for room before it is left out like any other.
-const AUDIT_TIME: Duration = Duration::from_millis(500);
-/// How long the end of the process waits for the last lines.
-const END_TIME: Duration = Duration::from_millis(500);
+/// How long a line of [`AUDIT`] waits for room before it is left out like any other, and the end of
+/// the process for the last lines.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Bytes of lines that wait to be written.
 const MAX_WAITING: usize = 256 * 1024;
 /// How long [`warn_seldom`] is quiet about what it has just said.
@@ -36,15 +35,19 @@ const MAX_KINDS: usize = 64;
 /// # Errors
 /// There is no thread to write with.
 pub(crate) fn start() -> io::Result<()> {
-    let mut filter = env_logger::Builder::new();
-    let filter = filter.filter_level(LevelFilter::Info).parse_default_env().build();
-    log::set_max_level(filter.filter());
     let journal = stderr_is_the_journal();
-    thread::Builder::new()
-        .name("log".to_owned())
-        .stack_size(64 * 1024)
-        .spawn(move || QUEUE.write_to(io::stderr(), journal))?;
-    log::set_boxed_logger(Box::new(Logger { filter, journal })).map_err(io::Error::other)?;
+    let writer = thread::Builder::new().name("log".to_owned()).stack_size(64 * 1024);
+    writer.spawn(move || QUEUE.write_to(io::stderr(), journal))?;
+    env_logger::Builder::new()
+        .filter_level(LevelFilter::Info)
+        .parse_default_env()
+        .target(env_logger::Target::Pipe(Box::new(io::sink())))
+        .format(move |_, record| {
+            let patience = if record.target() == AUDIT { PATIENCE } else { Duration::ZERO };
+            QUEUE.push(&line(journal, record.level(), &record.args().to_string()), patience);
+            Ok(())
+        })
+        .init();
     std::panic::set_hook(Box::new(|panic| {
         let thread = thread::current();
         let name = thread.name().unwrap_or("without a name");
@@ -57,74 +60,49 @@ pub(crate) fn start() -> io::Result<()> {
 pub(crate) fn finish(last_words: &str) {
     QUEUE.push(last_words, Duration::ZERO);
     let lines = lock(&QUEUE.lines);
-    let wait = QUEUE.changed.wait_timeout_while(lines, END_TIME, |lines| !lines.are_written);
-    drop(wait);
+    drop(QUEUE.changed.wait_timeout_while(lines, PATIENCE, |lines| lines.unwritten));
 }
 
-struct Logger {
-    filter: env_logger::Logger,
-    journal: bool,
-}
-
-impl Log for Logger {
-    fn enabled(&self, metadata: &Metadata) -> bool {
-        self.filter.enabled(metadata)
-    }
-
-    fn log(&self, record: &Record) {
-        if self.filter.matches(record) {
-            let line = line(self.journal, record.level(), &record.args().to_string());
-            let wait = if record.target() == AUDIT { AUDIT_TIME } else { Duration::ZERO };
-            QUEUE.push(&line, wait);
-        }
-    }
-
-    fn flush(&self) {}
-}
+static QUEUE: LazyLock<Queue> = LazyLock::new(Queue::default);
 
 /// Lines that wait to be written.
+#[derive(Default)]
 struct Queue {
     lines: Mutex<Lines>,
     changed: Condvar,
 }
 
+#[derive(Default)]
 struct Lines {
     text: String,
     /// Lines that there was no room for.
     left_out: u64,
-    /// Whether there is nothing left to write.
-    are_written: bool,
+    /// Whether there are any, here or being written.
+    unwritten: bool,
 }
 
-static QUEUE: Queue = Queue::new();
-
 impl Queue {
-    const fn new() -> Self {
-        let lines = Lines { text: String::new(), left_out: 0, are_written: true };
-        Self { lines: Mutex::new(lines), changed: Condvar::new() }
-    }
-
-    fn push(&self, line: &str, wait: Duration) {
+    fn push(&self, line: &str, patience: Duration) {
         let is_full = |lines: &mut Lines| lines.text.len() + line.len() > MAX_WAITING;
-        let lines = self.changed.wait_timeout_while(lock(&self.lines), wait, is_full);
+        let lines = self.changed.wait_timeout_while(lock(&self.lines), patience, is_full);
         let (mut lines, _) = lines.unwrap_or_else(PoisonError::into_inner);
         match is_full(&mut lines) {
             true => lines.left_out += 1,
             false => lines.text.push_str(line),
         }
-        lines.are_written = false;
+        lines.unwritten = true;
         self.changed.notify_all();
     }
 
     fn write_to(&self, mut out: impl Write, journal: bool) {
         loop {
             let mut lines = lock(&self.lines);
-            lines.are_written = lines.text.is_empty() && lines.left_out == 0;
+            lines.unwritten = !lines.text.is_empty() || lines.left_out > 0;
             self.changed.notify_all();
-            let lines = self.changed.wait_while(lines, |lines| lines.are_written);
+            let lines = self.changed.wait_while(lines, |lines| !lines.unwritten);
             let mut lines = lines.unwrap_or_else(PoisonError::into_inner);
-            let mut text = std::mem::take(&mut lines.text);
-            let left_out = std::mem::take(&mut lines.left_out);
+            let Lines { mut text, left_out, .. } = std::mem::take(&mut *lines);
+            lines.unwritten = true;
             drop(lines);
             self.changed.notify_all();
             if left_out > 0 {
@@ -175,11 +153,9 @@ impl Throttle {
 
 /// Whether stderr is the stream that `JOURNAL_STREAM` names by device and inode (systemd.exec(5)).
 fn stderr_is_the_journal() -> bool {
-    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
-        return false;
-    };
-    nix::sys::stat::fstat(io::stderr().as_fd())
-        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+    let stat = nix::sys::stat::fstat(io::stderr().as_fd());
+    let stderr = stat.map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
+    std::env::var("JOURNAL_STREAM").is_ok_and(|stream| stderr == Ok(stream))
 }
 
 fn line(journal: bool, level: Level, text: &str) -> String {
@@ -196,21 +172,14 @@ fn priority(level: Level) -> u8 {
         Level::Error => 3,
         Level::Warn => 4,
         Level::Info => 6,
-        Level::Debug | Level::Trace => 7,
+        _ => 7,
     }
 }
 
 /// Text from outside cannot start a log line of its own or steer a terminal.
 fn one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() {
-            line.extend(character.escape_default());
-        } else {
-            line.push(character);
-        }
-    }
-    line
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(shown).collect()
 }
 
 #[cfg(test)]
@@ -241,7 +210,7 @@ mod tests {
         }
         let (take, taken) = (mpsc::channel(), mpsc::channel());
         let reader = Reader(take.1, taken.0);
-        let queue: &Queue = Box::leak(Box::new(Queue::new()));
+        let queue: &Queue = Box::leak(Box::default());
         thread::spawn(|| queue.write_to(reader, true));
         queue.push("first\n", Duration::ZERO);
         while !lock(&queue.lines).text.is_empty() {

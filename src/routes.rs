@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use log::info;
 
+use crate::agent::Failure;
 use crate::api::{self, Error};
 use crate::logging::{AUDIT, warn_seldom};
 use crate::node;
@@ -130,38 +131,33 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
     if with_counts {
         // Both at once: what one of them takes is not the other's.
         (info.o_client_count, info.w_peer_count) = thread::scope(|scope| {
-            let count = || count_clients(node, deadline);
+            let count = || counted("OpenVPN clients", count_clients(node, deadline));
             let clients = thread::Builder::new().spawn_scoped(scope, count);
-            let peers = count_peers(node, deadline);
-            let no_thread = |error| no_count("OpenVPN clients", &error);
+            let peers = counted("WireGuard peers", count_peers(node, deadline));
+            let no_thread = |error| counted("OpenVPN clients", Err::<_, io::Error>(error));
             (clients.map_or_else(no_thread, |count| count.join().ok().flatten()), peers)
         });
     }
     json(&info)
 }
 
-/// A count is no reason for the call to fail.
-fn no_count(of_what: &str, reason: &dyn Display) -> Option<usize> {
-    warn_seldom(of_what, format_args!("no count of {of_what}: {reason}"));
-    None
+/// A count that is not to be had is no reason for the call to fail.
+fn counted(of_what: &str, count: Result<usize, impl Display>) -> Option<usize> {
+    let log = |why: &_| warn_seldom(of_what, format_args!("no count of {of_what}: {why}"));
+    count.inspect_err(log).ok()
 }
 
-fn count_clients(node: &Node, deadline: Instant) -> Option<usize> {
-    match node.openvpn.clients(deadline) {
-        Ok(listing) => match listing.failed.as_slice() {
-            [] => Some(listing.clients().count()),
-            failed => no_count("OpenVPN clients", &node.openvpn.failure(failed)),
-        },
-        Err(failure) => no_count("OpenVPN clients", &failure),
+fn count_clients(node: &Node, deadline: Instant) -> Result<usize, Failure> {
+    let listing = node.openvpn.clients(deadline)?;
+    match listing.failed.as_slice() {
+        [] => Ok(listing.clients().count()),
+        failed => Err(node.openvpn.failure(failed)),
     }
 }
 
-fn count_peers(node: &Node, deadline: Instant) -> Option<usize> {
-    let now = SystemTime::now();
-    match node.wireguard.peers(deadline) {
-        Ok(peers) => Some(peers.iter().filter(|peer| is_online(peer, now)).count()),
-        Err(failure) => no_count("WireGuard peers", &failure),
-    }
+fn count_peers(node: &Node, deadline: Instant) -> Result<usize, Failure> {
+    let (peers, now) = (node.wireguard.peers(deadline)?, SystemTime::now());
+    Ok(peers.iter().filter(|peer| is_online(peer, now)).count())
 }
 
 fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
