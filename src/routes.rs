@@ -89,33 +89,31 @@ pub(crate) fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Ans
     if let Some(sentence) = &request.forbidden {
         return Error::new(403, sentence).into();
     }
-    let deadline = Instant::now() + BACKEND_BUDGET;
-    let answer = match (request.method.as_str(), request.path()) {
-        ("GET" | "HEAD", "/i/node") => node_info(node, request, deadline),
-        ("GET" | "HEAD", "/w/peer_list") => peer_list(node, request, deadline),
-        ("GET" | "HEAD", "/o/connection_list") => connection_list(node, deadline),
-        ("POST", "/w/add_peer") => add_peer(node, request, body),
-        ("POST", "/w/remove_peer") => remove_peer(node, request, body),
-        ("POST", "/w/sync_peers") => sync_peers(node, request, body),
-        ("POST", "/o/disconnect_client") => disconnect_client(node, request, body),
-        (_, "/i/node" | "/w/peer_list" | "/o/connection_list") => {
-            return method_not_allowed(request, "GET, HEAD");
-        }
-        (_, "/w/add_peer" | "/w/remove_peer" | "/w/sync_peers" | "/o/disconnect_client") => {
-            return method_not_allowed(request, "POST");
-        }
-        (_, path) => Err(Error::new(404, format!("there is no call {path}"))),
+    let (methods, call): (_, Call) = match request.path() {
+        "/i/node" => ("GET, HEAD", node_info),
+        "/w/peer_list" => ("GET, HEAD", peer_list),
+        "/w/add_peer" => ("POST", add_peer),
+        "/w/remove_peer" => ("POST", remove_peer),
+        "/w/sync_peers" => ("POST", sync_peers),
+        "/o/connection_list" => ("GET, HEAD", connection_list),
+        "/o/disconnect_client" => ("POST", disconnect_client),
+        path => return Error::new(404, format!("there is no call {path}")).into(),
     };
-    answer.unwrap_or_else(Answer::from)
+    if !methods.split(", ").any(|method| method == request.method) {
+        let sentence = format!("{} takes only {}", request.path(), methods.replace(", ", " or "));
+        return Answer { allow: Some(methods), ..Error::new(405, sentence).into() };
+    }
+    call(node, request, body).unwrap_or_else(Answer::from)
 }
 
-fn method_not_allowed(request: &Request, allow: &'static str) -> Answer {
-    let methods = allow.replace(", ", " or ");
-    let error = Error::new(405, format!("{} takes only {methods}", request.path()));
-    Answer { allow: Some(allow), ..error.into() }
+type Call = fn(&Node, &Request, &mut dyn Read) -> Result<Answer, Error>;
+
+/// When the backends have to be done that are asked now.
+fn deadline() -> Instant {
+    Instant::now() + BACKEND_BUDGET
 }
 
-fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
+fn node_info(node: &Node, request: &Request, _: &mut dyn Read) -> Result<Answer, Error> {
     let with_counts = request.query().yes_or_no("include_client_peer_count")?;
     let load = node::load_average();
     let mut info = api::Node {
@@ -129,6 +127,7 @@ fn node_info(node: &Node, request: &Request, deadline: Instant) -> Result<Answer
         w_peer_count: None,
     };
     if with_counts {
+        let deadline = deadline();
         // Both at once: what one of them takes is not the other's.
         (info.o_client_count, info.w_peer_count) = thread::scope(|scope| {
             let count = || counted("OpenVPN clients", count_clients(node, deadline));
@@ -160,9 +159,9 @@ fn count_peers(node: &Node, deadline: Instant) -> Result<usize, Failure> {
     Ok(peers.iter().filter(|peer| is_online(peer, now)).count())
 }
 
-fn peer_list(node: &Node, request: &Request, deadline: Instant) -> Result<Answer, Error> {
+fn peer_list(node: &Node, request: &Request, _: &mut dyn Read) -> Result<Answer, Error> {
     let show_all = request.query().yes_or_no("show_all")?;
-    let (peers, now) = (node.wireguard.peers(deadline)?, SystemTime::now());
+    let (peers, now) = (node.wireguard.peers(deadline())?, SystemTime::now());
     let listed: Vec<_> = peers.iter().filter(|peer| show_all || is_online(peer, now)).collect();
     json(&api::PeerList { peer_list: &listed })
 }
@@ -171,16 +170,14 @@ fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answe
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
     let allowed_ips: Vec<AllowedIp> = form.at_least_once("ip_net")?;
-    let deadline = Instant::now() + BACKEND_BUDGET;
-    node.wireguard.add_peer(public_key, allowed_ips, &request.caller, deadline)?;
+    node.wireguard.add_peer(public_key, allowed_ips, &request.caller, deadline())?;
     Ok(NO_CONTENT)
 }
 
 fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
-    let deadline = Instant::now() + BACKEND_BUDGET;
-    match node.wireguard.remove_peer(public_key, &request.caller, deadline)? {
+    match node.wireguard.remove_peer(public_key, &request.caller, deadline())? {
         Some(peer) => json(&api::Peer::from(&peer)),
         None => Ok(NO_CONTENT),
     }
@@ -191,8 +188,7 @@ fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Ans
     let dry_run = request.query().yes_or_no("dry_run")?;
     let mut room = Room { all: &node.lists, taken: 0 };
     let wanted = read_list(body, &mut room)?;
-    let deadline = Instant::now() + BACKEND_BUDGET;
-    let synced = node.wireguard.sync_peers(wanted, dry_run, &request.caller, deadline)?;
+    let synced = node.wireguard.sync_peers(wanted, dry_run, &request.caller, deadline())?;
     let removed: Vec<_> = synced.removed.iter().collect();
     json(&api::Synced {
         added: synced.added.iter().map(ToString::to_string).collect(),
@@ -236,15 +232,14 @@ fn read_list(body: &mut dyn Read, room: &mut Room) -> Result<Vec<WantedPeer>, Er
     }
 }
 
-fn connection_list(node: &Node, deadline: Instant) -> Result<Answer, Error> {
-    json(&api::ConnectionList::from(&node.openvpn.clients(deadline)?))
+fn connection_list(node: &Node, _: &Request, _: &mut dyn Read) -> Result<Answer, Error> {
+    json(&api::ConnectionList::from(&node.openvpn.clients(deadline())?))
 }
 
 fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let name: CommonName = form.once("common_name")?;
-    let deadline = Instant::now() + BACKEND_BUDGET;
-    let done = node.openvpn.disconnect(&name, &request.caller, deadline)?;
+    let done = node.openvpn.disconnect(&name, &request.caller, deadline())?;
     if !done.disconnected.is_empty() {
         let counts = done.disconnected.iter().map(|(socket, count)| format!("{count} at {socket}"));
         let counts = counts.collect::<Vec<_>>().join(", ");
