@@ -4,16 +4,18 @@
 
 mod common;
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram, UnixListener};
-use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Answer, Daemon, PATIENCE, TempDir};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
 
 /// In the place of systemd: the socket that is notified.
 struct Manager {
@@ -50,14 +52,6 @@ impl Manager {
     fn next(&self) -> String {
         self.next_within(PATIENCE).expect("a notification")
     }
-}
-
-fn inner_socket(daemon: &Daemon) -> PathBuf {
-    let entries = std::fs::read_dir(daemon.directory()).unwrap();
-    let directory = entries
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("vpn-daemon."));
-    directory.unwrap().join("http.sock")
 }
 
 fn monotonic_microseconds() -> u128 {
@@ -121,7 +115,7 @@ fn abstract_names_and_names_that_are_none() {
 #[test]
 fn the_watchdog_is_fed_three_times_as_often_as_it_looks() {
     let manager = Manager::new();
-    let _daemon = manager.start(&[], &[("WATCHDOG_USEC", "900000")]);
+    let daemon = manager.start(&[], &[("WATCHDOG_USEC", "900000")]);
     assert!(manager.next().starts_with("READY=1\n"));
     let started = Instant::now();
     for _ in 0..5 {
@@ -129,37 +123,35 @@ fn the_watchdog_is_fed_three_times_as_often_as_it_looks() {
     }
     // The first at once: four intervals, never fewer than their time.
     assert!(started.elapsed() > Duration::from_millis(4 * 300 - 250), "{:?}", started.elapsed());
+
+    let pid = std::process::id().to_string();
+    let _other = manager.start(&[], &[("WATCHDOG_USEC", "300000"), ("WATCHDOG_PID", &pid)]);
+    drop(daemon);
+    while manager.next() == "WATCHDOG=1" {}
+    assert_eq!(manager.next_within(Duration::from_millis(600)), None, "it is not for that one");
 }
 
+/// A thread that does not go on, as after a panic or a deadlock: it is stopped as a debugger would.
 #[test]
-fn the_watchdog_of_another_process_is_not_fed() {
-    let (manager, pid) = (Manager::new(), std::process::id().to_string());
-    let _daemon = manager.start(&[], &[("WATCHDOG_USEC", "300000"), ("WATCHDOG_PID", &pid)]);
-    assert!(manager.next().starts_with("READY=1\n"));
-    assert_eq!(manager.next_within(Duration::from_millis(600)), None);
-}
-
-#[test]
-fn a_server_that_does_not_answer_is_not_reported_alive() {
+fn a_daemon_with_a_dead_thread_is_not_reported_alive() {
     let manager = Manager::new();
     let daemon = manager.start(&[], &[("WATCHDOG_USEC", "900000")]);
     assert!(manager.next().starts_with("READY=1\n"));
-    assert_eq!(manager.next(), "WATCHDOG=1");
-
-    // In place of the inner socket one that takes requests and answers none.
-    let socket = inner_socket(&daemon);
-    let aside = socket.with_extension("aside");
-    std::fs::rename(&socket, &aside).unwrap();
-    let stuck = UnixListener::bind(&socket).unwrap();
-    daemon.wait_for_log("the watchdog is not fed");
-    // What was sent before is not a sign of life now.
-    while manager.next_within(Duration::from_millis(1)).is_some() {}
-    assert_eq!(manager.next_within(Duration::from_millis(1500)), None, "{:?}", daemon.log());
-
-    drop(stuck);
-    std::fs::rename(&aside, &socket).unwrap();
-    assert_eq!(manager.next(), "WATCHDOG=1", "it answers again");
-    assert_eq!(daemon.get("/i/node").status, 200);
+    // Those that accept, close what is late, and take requests.
+    for name in ["accept", "deadlines", "receive"] {
+        let thread = daemon.thread(name);
+        ptrace::attach(thread).unwrap();
+        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        // What was sent before is not a sign of life now.
+        let end = Instant::now() + PATIENCE;
+        while manager.next_within(Duration::from_millis(1500)).is_some() {
+            assert!(Instant::now() < end, "{name}");
+        }
+        ptrace::detach(thread, None).unwrap();
+        assert_eq!(manager.next(), "WATCHDOG=1", "{name} goes on");
+        assert_eq!(daemon.get("/i/node").status, 200);
+    }
+    daemon.wait_for_log("the watchdog is not fed: the thread that accepts connections is dead");
 }
 
 /// The daemon with `socket` as descriptor 3, as systemd starts it.
@@ -213,7 +205,7 @@ fn a_passed_socket_that_cannot_be_used_is_named() {
     let directory = TempDir::new("passed");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let unix = std::os::unix::net::UnixListener::bind(directory.path().join("s")).unwrap();
+    let unix = UnixListener::bind(directory.path().join("s")).unwrap();
     let datagram = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
     let two = "LISTEN_FDS=2 LISTEN_PID=$$";
@@ -232,15 +224,6 @@ fn a_passed_socket_that_cannot_be_used_is_named() {
     }
 }
 
-fn ask(address: SocketAddr) -> std::io::Result<u16> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(b"GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    let status = Answer::read(&mut stream, false)?.status;
-    assert_eq!(stream.read(&mut [0])?, 0);
-    Ok(status)
-}
-
 #[test]
 fn no_connection_is_lost_between_two_processes() {
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -248,27 +231,27 @@ fn no_connection_is_lost_between_two_processes() {
     let start =
         || Daemon::start_as(activated(socket.try_clone().unwrap(), ONE_SOCKET), &[], |_| {});
     let mut daemon = start();
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let asking: Vec<_> = (0..3)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut answered = 0;
-                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                        assert_eq!(ask(address).expect("an answer"), 200);
-                        answered += 1;
-                    }
-                    answered
-                })
-            })
-            .collect();
+        let ask = || {
+            let mut answered = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let mut stream = common::connect(address);
+                let request = b"GET /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n";
+                stream.write_all(request).unwrap();
+                assert_eq!(Answer::read(&mut stream, false).unwrap().status, 200);
+                answered += 1;
+            }
+            answered
+        };
+        let asking = [ask; 3].map(|ask| scope.spawn(ask));
         for _ in 0..4 {
             std::thread::sleep(Duration::from_millis(100));
             daemon.signal("TERM");
             assert_eq!(daemon.wait().code(), Some(0));
             daemon = start();
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
         for thread in asking {
             assert!(thread.join().unwrap() > 4);
         }

@@ -162,10 +162,23 @@ impl Daemon {
         line.unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    pub fn thread_names(&self) -> Vec<String> {
+    /// Ids and names of its threads.
+    fn threads(&self) -> impl Iterator<Item = (i32, String)> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let name = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
-        tasks.map(|task| name(task.unwrap().path().join("comm")).trim().to_owned()).collect()
+        tasks.map(|task| {
+            let task = task.unwrap();
+            let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            (task.file_name().to_str().unwrap().parse().unwrap(), name.trim().to_owned())
+        })
+    }
+
+    pub fn thread_names(&self) -> Vec<String> {
+        self.threads().map(|(_, name)| name).collect()
+    }
+
+    pub fn thread(&self, name: &str) -> nix::unistd::Pid {
+        let id = self.threads().find(|(_, found)| found == name).unwrap().0;
+        nix::unistd::Pid::from_raw(id)
     }
 
     pub fn open_files(&self) -> usize {
