@@ -7,8 +7,7 @@ mod common;
 use std::io::{ErrorKind, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +15,7 @@ use std::time::{Duration, Instant};
 use common::{Answer, Daemon, PATIENCE, TempDir};
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::time::{ClockId, clock_gettime};
 
 /// In the place of systemd: the socket that is notified.
 struct Manager {
@@ -54,11 +54,6 @@ impl Manager {
     }
 }
 
-fn monotonic_microseconds() -> u128 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
-    Duration::from(now).as_micros()
-}
-
 #[test]
 fn ready_when_it_answers_reloading_and_stopping() {
     let manager = Manager::new();
@@ -74,11 +69,12 @@ fn ready_when_it_answers_reloading_and_stopping() {
     let openvpn = daemon.directory().join("openvpn");
     std::fs::create_dir(&openvpn).unwrap();
     let _socket = UnixDatagram::bind(openvpn.join("default.sock")).unwrap();
-    let before = monotonic_microseconds();
+    let monotonic = || Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
+    let before = monotonic().as_micros();
     daemon.signal("HUP");
     let message = manager.next();
     let time = message.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect(&message);
-    assert!((before..=monotonic_microseconds()).contains(&time.parse().unwrap()), "{message}");
+    assert!((before..=monotonic().as_micros()).contains(&time.parse().unwrap()), "{message}");
     let status = status.replace("0 OpenVPN sockets", "1 OpenVPN socket");
     assert_eq!(manager.next(), format!("READY=1\nSTATUS={status}"));
 
@@ -88,19 +84,9 @@ fn ready_when_it_answers_reloading_and_stopping() {
     assert_eq!(manager.next_within(Duration::from_millis(1)), None);
 }
 
+/// Nobody there, or no address at all: the daemon serves and says so in the log.
 #[test]
-fn abstract_names_and_names_that_are_none() {
-    let name = format!("vd-notify-{}", std::process::id());
-    let address = UnixSocketAddr::from_abstract_name(&name).unwrap();
-    let manager = Manager {
-        socket: UnixDatagram::bind_addr(&address).unwrap(),
-        name: format!("@{name}"),
-        _directory: TempDir::new("notify"),
-    };
-    let _daemon = manager.start(&[], &[]);
-    assert!(manager.next().starts_with("READY=1\n"));
-
-    // Nobody there, or no address at all: the daemon serves and says so in the log.
+fn names_that_nobody_is_told_by() {
     for name in ["/nonexistent/notify", "vsock:2:1"] {
         let daemon = Daemon::start_with(&[], |command| {
             command.env("NOTIFY_SOCKET", name);
@@ -186,18 +172,8 @@ fn a_passed_socket_is_used_in_place_of_listen() {
     daemon.wait_for_log("systemd has passed: -listen is not used");
     assert!(manager.next().contains(&format!("Serving http://{address} ")));
     assert_eq!(daemon.get("/i/node").status, 200);
-}
-
-#[test]
-fn sockets_for_another_process_are_left_alone() {
-    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-    let daemon = Daemon::start_as(
-        activated(socket.try_clone().unwrap(), "LISTEN_FDS=1 LISTEN_PID=1"),
-        &[],
-        |_| {},
-    );
-    assert_ne!(daemon.address, socket.local_addr().unwrap());
-    assert_eq!(daemon.get("/i/node").status, 200);
+    let for_another = activated(socket.try_clone().unwrap(), "LISTEN_FDS=1 LISTEN_PID=1");
+    assert_ne!(Daemon::start_as(for_another, &[], |_| {}).address, address);
 }
 
 #[test]

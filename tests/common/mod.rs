@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What nothing in a test takes on the slowest machine.
@@ -41,8 +41,8 @@ impl Drop for TempDir {
 /// The lines that the daemon has logged.
 #[derive(Default)]
 struct Log {
-    lines: Mutex<(Vec<String>, bool)>,
-    changed: Condvar,
+    lines: Mutex<Vec<String>>,
+    ended: AtomicBool,
     /// Whether no more are read.
     stalled: AtomicBool,
 }
@@ -84,20 +84,17 @@ impl Daemon {
         let (stderr, kept) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                kept.lines.lock().unwrap().0.push(line);
-                kept.changed.notify_all();
+                kept.lines.lock().unwrap().push(line);
                 while kept.stalled.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(10));
                 }
             }
-            kept.lines.lock().unwrap().1 = true;
-            kept.changed.notify_all();
+            kept.ended.store(true, Ordering::Relaxed);
         });
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut daemon = Self { child, address, log, directory };
         let line = daemon.wait_for_log("listening on http");
-        let address = line.rsplit("//").next().unwrap();
-        daemon.address = address.parse().unwrap();
+        daemon.address = line.rsplit("//").next().unwrap().parse().unwrap();
         daemon
     }
 
@@ -113,24 +110,18 @@ impl Daemon {
     /// The first line with this text; waits for it.
     pub fn wait_for_log(&self, text: &str) -> String {
         let end = Instant::now() + PATIENCE;
-        let mut lines = self.log.lines.lock().unwrap();
         loop {
-            if let Some(line) = lines.0.iter().find(|line| line.contains(text)) {
+            let (ended, log) = (self.log.ended.load(Ordering::Relaxed), self.log());
+            if let Some(line) = log.iter().find(|line| line.contains(text)) {
                 return line.clone();
             }
-            let left = end.saturating_duration_since(Instant::now());
-            if lines.1 || left.is_zero() {
-                let all = lines.0.clone();
-                // A poisoned lock would end the whole test process.
-                drop(lines);
-                panic!("no log line with {text:?} in {all:#?}");
-            }
-            lines = self.log.changed.wait_timeout(lines, left).unwrap().0;
+            assert!(!ended && Instant::now() < end, "no log line with {text:?} in {log:#?}");
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 
     pub fn log(&self) -> Vec<String> {
-        self.log.lines.lock().unwrap().0.clone()
+        self.log.lines.lock().unwrap().clone()
     }
 
     /// Reads no more than a line from now on.
@@ -176,9 +167,9 @@ impl Daemon {
         self.threads().map(|(_, name)| name).collect()
     }
 
+    /// The thread of that name.
     pub fn thread(&self, name: &str) -> nix::unistd::Pid {
-        let id = self.threads().find(|(_, found)| found == name).unwrap().0;
-        nix::unistd::Pid::from_raw(id)
+        nix::unistd::Pid::from_raw(self.threads().find(|(_, found)| found == name).unwrap().0)
     }
 
     pub fn open_files(&self) -> usize {
