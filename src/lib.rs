@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -34,6 +34,7 @@ use nix::unistd::Pid;
 
 use cli::{Command, Options};
 use front::{FrontDoor, Inner, InnerDirectory};
+use tls::Tls;
 
 /// Descriptors of one connection with a request under way: its socket, the connection to
 /// tiny_http, of which tiny_http holds two and the front door one, the OpenVPN directory while it is
@@ -110,10 +111,8 @@ fn fail(error: &str, status: u8) -> ExitCode {
 /// Serves until a signal comes; an error is one line for the operator.
 fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let notifier = Arc::new(systemd::Notifier::from_environment());
-    let tls = cli::credentials_directory()
-        .map(|directory| tls::Tls::open(&directory).map(Arc::new))
-        .transpose()
-        .map_err(|error| error.to_string())?;
+    let tls = cli::credentials_directory().map(|directory| Tls::open(&directory).map(Arc::new));
+    let tls = tls.transpose()?;
     let limit = raise_open_files(options.max_connections);
     let tcp = match systemd::passed_socket()? {
         Some(passed) => passed,
@@ -153,18 +152,18 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     };
     alive(FIRST_ANSWER_TIME).map_err(cannot("answer a request of its own"))?;
     info!("listening on {url}");
-    let daily = tls.clone();
-    let log_findings = move || daily.iter().for_each(|tls| tls.log_findings(SystemTime::now()));
-    log_findings();
+    tls.iter().for_each(|tls| tls.log_findings());
     notifier.ready(&status());
-    systemd::keep(Arc::clone(&notifier), alive, log_findings.clone())
+    // A CA that has expired meanwhile is left out then.
+    let daily = tls.clone();
+    let daily = move || daily.iter().for_each(|tls| reload(Some(tls), "once a day"));
+    systemd::keep(Arc::clone(&notifier), alive, daily)
         .map_err(cannot("start the watchdog's thread"))?;
     let last = loop {
         match signals.wait() {
             Ok(Signal::SIGHUP) => {
                 notifier.reloading();
-                reload(tls.as_deref());
-                log_findings();
+                reload(tls.as_deref(), "SIGHUP");
                 front_door.close_idle();
                 notifier.ready(&status());
             }
@@ -184,12 +183,13 @@ fn cannot(what: impl Display) -> impl FnOnce(io::Error) -> String {
     move |error| format!("cannot {what}: {error}")
 }
 
-fn reload(tls: Option<&tls::Tls>) {
-    match tls.map(tls::Tls::reload) {
-        None => info!("SIGHUP: no credentials to read again, CREDENTIALS_DIRECTORY is not set"),
-        Some(Ok(())) => info!("SIGHUP: new connections use the credentials as they are now"),
-        Some(Err(error)) => error!("SIGHUP: the old credentials stay in force: {error}"),
+fn reload(tls: Option<&Tls>, why: &str) {
+    match tls.map(Tls::reload) {
+        None => info!("{why}: no credentials to read again, CREDENTIALS_DIRECTORY is not set"),
+        Some(Ok(())) => info!("{why}: new connections use the credentials as they are now"),
+        Some(Err(error)) => error!("{why}: the old credentials stay in force: {error}"),
     }
+    tls.into_iter().for_each(Tls::log_findings);
 }
 
 /// Where sockets belong that only this process uses.

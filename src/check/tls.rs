@@ -15,17 +15,17 @@ pub(super) fn look(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entr
     let Some(directory) = directory else { return vec![plain(listen)] };
     let tls = match Tls::open(directory) {
         Ok(tls) => tls,
-        Err(error) => return vec![Entry::new(Level::Problem, SUBJECT, error.to_string())],
+        Err(error) => return vec![Entry::new(Level::Problem, SUBJECT, error)],
     };
-    let until = rfc3339::format(tls.expires());
+    let until = rfc3339::format(tls.expire().0);
     let seen = format!("certificate and key belong together, valid until {until}");
-    let findings = tls.findings(SystemTime::now()).into_iter().map(|finding| {
-        let level = match finding.severity {
+    let findings = tls.findings(SystemTime::now()).into_iter().map(|(severity, text)| {
+        let level = match severity {
             log::Level::Error => Level::Problem,
             log::Level::Warn => Level::Warning,
             _ => Level::Ok,
         };
-        Entry::new(level, SUBJECT, finding.text)
+        Entry::new(level, SUBJECT, text)
     });
     std::iter::once(Entry::ok(SUBJECT, seen)).chain(findings).collect()
 }

@@ -18,12 +18,6 @@ pub(crate) struct Validity {
     pub(crate) not_after: SystemTime,
 }
 
-impl Validity {
-    pub(super) fn holds(self, now: UnixTime) -> bool {
-        unix_time(self.not_before) <= now && now <= unix_time(self.not_after)
-    }
-}
-
 /// A certificate's validity, or `None` where it cannot be read.
 pub(crate) fn validity(certificate: &CertificateDer) -> Option<Validity> {
     let certificate = EndEntityCert::try_from(certificate).ok()?;

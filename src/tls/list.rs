@@ -1,6 +1,6 @@
 //! A revocation list in `ca.crl`: who has signed it, and when the next one is due.
 
-use rustls::crypto::WebPkiSupportedAlgorithms;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::TrustAnchor;
 use webpki::{CertRevocationList, OwnedCertRevocationList, RawPublicKeyEntity, spki_for_anchor};
 
@@ -11,7 +11,6 @@ const UTC_TIME: u8 = 0x17;
 /// A list that a CA of `ca.crt` has signed.
 pub(super) struct List {
     pub(super) der: Vec<u8>,
-    pub(super) issuer: TrustAnchor<'static>,
     /// When the next one is due, in RFC 3339.
     pub(super) next_update: String,
 }
@@ -21,7 +20,7 @@ impl List {
     pub(super) fn new<'a>(
         der: Vec<u8>,
         mut authorities: impl Iterator<Item = &'a TrustAnchor<'static>>,
-        algorithms: &WebPkiSupportedAlgorithms,
+        provider: &CryptoProvider,
     ) -> Result<Self, String> {
         let parsed = OwnedCertRevocationList::from_der(&der).map_err(|error| error.to_string())?;
         let parsed = CertRevocationList::from(parsed);
@@ -30,19 +29,19 @@ impl List {
             return Err("it speaks for some of its CA's clients: issue one for all".to_owned());
         }
         let fields = Fields::read(&der).ok_or("it is malformed")?;
-        let signer = authorities.find(|authority| {
+        let signer = authorities.find(|authority: &&TrustAnchor| {
             let key = spki_for_anchor(authority);
             let is_signed = RawPublicKeyEntity::try_from(&key).is_ok_and(|key| {
-                algorithms.all.iter().any(|algorithm| {
+                provider.signature_verification_algorithms.all.iter().any(|algorithm| {
                     algorithm.signature_alg_id().as_ref() == fields.algorithm
                         && key.verify_signature(*algorithm, fields.signed, fields.signature).is_ok()
                 })
             });
             is_signed && authority.subject.as_ref() == parsed.issuer()
         });
-        let issuer = signer.ok_or("no CA in ca.crt has signed it: add its issuer there")?.clone();
+        signer.ok_or("no CA in ca.crt has signed it: add its issuer there")?;
         let next_update = fields.next_update;
-        Ok(Self { der, issuer, next_update })
+        Ok(Self { der, next_update })
     }
 }
 

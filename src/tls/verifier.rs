@@ -3,8 +3,7 @@
 //! A client is let in when its chain leads to a certificate in `ca.crt`, every certificate of the
 //! chain is valid now (the CA's too), names client authentication as a usage or no usage at all
 //! (RFC 5280, section 4.2.1.12), keeps to its CA's name constraints, and is in no list in `ca.crl`.
-//! All of that is rustls's work. What is added here: a bound on what a client may make it compute,
-//! and the CA's own dates, which it leaves to who trusts it.
+//! All of that is rustls's work. What is added here is a bound on what a client may make it compute.
 //!
 //! Nobody looks at keyUsage: like browsers, webpki takes the extended usage for what a certificate
 //! is for. One that lacks digitalSignature gives nobody more than its CA meant to give.
@@ -14,18 +13,13 @@ use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::{self, CryptoProvider, WebPkiSupportedAlgorithms};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
-use rustls::server::WebPkiClientVerifier;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, InvalidMessage, OtherError,
-    PeerIncompatible, RootCertStore, SignatureScheme,
+    PeerIncompatible, SignatureScheme,
 };
 use webpki::EndEntityCert;
-
-use super::certificate::{self, Validity};
-use super::list::List;
 
 /// More certificates than any client needs.
 const MAX_CERTIFICATES: usize = 8;
@@ -34,65 +28,15 @@ const MAX_CHAIN: usize = 32 * 1024;
 /// Longest sentence for the log, in characters: some of what it quotes comes from the client.
 const MAX_SENTENCE: usize = 300;
 
-/// A certificate in `ca.crt`.
-pub(super) struct Authority {
-    pub(super) validity: Validity,
-    pub(super) anchor: TrustAnchor<'static>,
-}
-
-/// Asks the verifier of each CA.
+/// rustls's verifier behind a bound.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
-    pub(super) authorities: Vec<(Validity, Arc<dyn ClientCertVerifier>)>,
-    pub(super) algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl Authority {
-    pub(super) fn new(certificate: &CertificateDer) -> Result<Self, String> {
-        let parsed = EndEntityCert::try_from(certificate).map_err(|error| error.to_string())?;
-        let validity = certificate::validity(certificate).ok_or("its dates are malformed")?;
-        if !certificate::is_authority(&parsed, validity) {
-            return Err("it is not a CA's (basicConstraints CA:TRUE): take it out".to_owned());
-        }
-        let anchor = webpki::anchor_from_trusted_cert(certificate);
-        let anchor = anchor.map_err(|error| error.to_string())?.to_owned();
-        Ok(Self { validity, anchor })
-    }
-
-    /// For this CA's clients, and those of the CAs below it.
-    pub(super) fn verifier(
-        &self,
-        lists: &[List],
-        provider: &Arc<CryptoProvider>,
-    ) -> Result<Arc<dyn ClientCertVerifier>, String> {
-        let Self { anchor, .. } = self;
-        let is_own = |list: &List| {
-            list.issuer.subject == anchor.subject
-                && list.issuer.subject_public_key_info == anchor.subject_public_key_info
-        };
-        if lists.iter().filter(|list| is_own(list)).count() > 1 {
-            return Err("holds two lists of one CA: leave only the newer one".to_owned());
-        }
-        // webpki asks the first list of an issuer's name: another CA of that name has its own.
-        let lists = lists.iter();
-        let lists = lists.filter(|list| is_own(list) || list.issuer.subject != anchor.subject);
-        let lists = lists.map(|list| CertificateRevocationListDer::from(list.der.clone()));
-        let roots = Arc::new(RootCertStore { roots: vec![anchor.clone()] });
-        WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(provider))
-            .with_crls(lists)
-            .allow_unknown_revocation_status()
-            .build()
-            .map_err(|error| format!("cannot be used: {error}"))
-    }
+    pub(super) inner: Arc<dyn ClientCertVerifier>,
+    /// When the last CA expires.
+    pub(super) until: UnixTime,
 }
 
 impl ClientCertVerifier for ClientVerifier {
-    /// Empty: the client chooses. Naming the CAs would keep clients whose CA is an intermediate
-    /// from sending their certificate, and would tell every scanner whose node this is.
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
     fn verify_client_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -100,30 +44,10 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         check_effort(end_entity, intermediates)?;
-        let mut refusals = Vec::new();
-        for (validity, verifier) in &self.authorities {
-            match verifier.verify_client_cert(end_entity, intermediates, now) {
-                Ok(verified) if validity.holds(now) => return Ok(verified),
-                Ok(_) => refusals.push(refused("its CA has expired or is not valid yet")),
-                Err(error) => refusals.push(error),
-            }
+        if now > self.until {
+            return Err(refused("every CA in ca.crt has expired"));
         }
-        // What its own CA says of a client tells most.
-        let refusal = refusals.into_iter().max_by_key(|error| match error {
-            Error::InvalidCertificate(CertificateError::UnknownIssuer) => 0,
-            Error::InvalidCertificate(error) if is_of_another_key(error) => 1,
-            _ => 2,
-        });
-        Err(refusal.unwrap_or(CertificateError::UnknownIssuer.into()))
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+        self.inner.verify_client_cert(end_entity, intermediates, now)
     }
 
     fn verify_tls13_signature(
@@ -132,8 +56,7 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let verdict =
-            crypto::verify_tls13_signature(message, certificate, signature, &self.algorithms);
+        let verdict = self.inner.verify_tls13_signature(message, certificate, signature);
         verdict.map_err(|error| match error {
             Error::InvalidCertificate(CertificateError::BadSignature) => {
                 // An RSA signature is as long as its key.
@@ -147,8 +70,21 @@ impl ClientCertVerifier for ClientVerifier {
         })
     }
 
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.inner.root_hint_subjects()
+    }
+
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.inner.supported_verify_schemes()
     }
 }
 
@@ -171,12 +107,6 @@ fn check_effort(end_entity: &CertificateDer, others: &[CertificateDer]) -> Resul
     }
 }
 
-/// A CA of the same name has issued it; its key may be of another kind.
-fn is_of_another_key(error: &CertificateError) -> bool {
-    use CertificateError::{BadSignature, UnsupportedSignatureAlgorithmForPublicKeyContext};
-    matches!(error, BadSignature | UnsupportedSignatureAlgorithmForPublicKeyContext { .. })
-}
-
 fn refused(sentence: &str) -> Error {
     let sentence = Box::<dyn std::error::Error + Send + Sync>::from(sentence);
     CertificateError::Other(OtherError(sentence.into())).into()
@@ -185,39 +115,37 @@ fn refused(sentence: &str) -> Error {
 /// Why a handshake failed: a kind, one of a few dozen whatever clients send, and the sentence for
 /// the log, in rustls's words where they say what it is.
 pub(crate) fn refusal(error: &io::Error) -> (String, String) {
-    use CertificateError as C;
-    let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) else {
-        return match error.kind() {
-            io::ErrorKind::TimedOut => {
-                ("late".to_owned(), "the handshake took too long".to_owned())
-            }
-            kind => (word(&format!("{kind:?}")), error.to_string()),
-        };
-    };
-    let kind = match error {
-        Error::InvalidCertificate(C::Other(other)) => word(&other.to_string()),
-        Error::InvalidCertificate(error) => word(&format!("{error:?}")),
-        error => word(&format!("{error:?}")),
-    };
-    let sentence = match error {
-        Error::InvalidCertificate(C::Other(other)) => format!("invalid peer certificate: {other}"),
-        Error::InvalidCertificate(error) if is_of_another_key(error) => {
-            "invalid peer certificate: a CA in ca.crt has its issuer's name, and has not signed it \
-             or has an RSA key of less than 2048 bits"
-                .to_owned()
+    use CertificateError::{BadSignature, Other};
+    let rustls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    let (debug, sentence) = match rustls {
+        None if error.kind() == io::ErrorKind::TimedOut => {
+            ("late".to_owned(), "the handshake took too long".to_owned())
         }
-        Error::PeerIncompatible(PeerIncompatible::SupportedVersionsExtensionRequired) => {
-            "the client does not speak TLS 1.3".to_owned()
+        None => (format!("{:?}", error.kind()), error.to_string()),
+        Some(Error::InvalidCertificate(Other(other))) => {
+            (other.to_string(), format!("invalid peer certificate: {other}"))
         }
-        Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
-            "the client does not speak TLS".to_owned()
+        Some(error) => {
+            let sentence = match error {
+                Error::InvalidCertificate(BadSignature) => {
+                    "invalid peer certificate: a CA in ca.crt has its issuer's name, but another key"
+                }
+                Error::PeerIncompatible(PeerIncompatible::SupportedVersionsExtensionRequired) => {
+                    "the client does not speak TLS 1.3"
+                }
+                Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+                    "the client does not speak TLS"
+                }
+                error => &error.to_string(),
+            };
+            let debug = format!("{error:?}");
+            (
+                debug.strip_prefix("InvalidCertificate(").unwrap_or(&debug).to_owned(),
+                sentence.to_owned(),
+            )
         }
-        error => error.to_string(),
     };
+    // The beginning, in which an error says what it is, without what a client can choose.
+    let kind = debug.chars().take_while(|c| c.is_ascii_alphabetic() || *c == ' ').collect();
     (kind, sentence.chars().take(MAX_SENTENCE).collect())
-}
-
-/// The beginning, in which an error says what it is, without what a client can choose.
-fn word(error: &str) -> String {
-    error.chars().take_while(|c| c.is_ascii_alphabetic() || *c == ' ').collect()
 }

@@ -83,7 +83,6 @@ fn files_that_cannot_be_used() {
         ("server.key", key.clone() + &key, "server.key holds several private keys"),
         ("server.key", server.clone(), "server.key holds something other than a private key"),
         ("ca.crl", list.clone() + &foreign, "ca.crl cannot be used: revocation list 2: no CA in ca.crt"),
-        ("ca.crl", list.clone() + &list, "ca.crl holds two lists of one CA"),
         ("ca.crl", partial, "ca.crl cannot be used: revocation list 1: it speaks for some"),
         // What does not fit together.
         ("server.key", pki.read("portal.key"), "server.key does not belong to the first certificate"),
