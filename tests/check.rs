@@ -252,11 +252,11 @@ fn openvpn_sockets() {
         (Mood::Silent, "did not answer within 1.5 s: another program holds it", "ss -xp"),
         (Mood::Full, "did not answer within 1.5 s: too many others wait", "ss -xp"),
         (Mood::Deaf, "did not answer within 1.5 s", "ss -xp"),
-        (Mood::Password, "asked for a password", "unix, without a password file"),
-        (Mood::CloseAtOnce, "closed the connection before its greeting", "management"),
-        (Mood::GarbageGreeting, "sent a reply that was not understood", "management"),
-        (Mood::FloodLine, "sent a line of more than", "management"),
-        (Mood::FloodNews, "sent", "management"),
+        (Mood::Password, "asked for a password; remove the password file", ""),
+        (Mood::CloseAtOnce, "closed the connection before its greeting", ""),
+        (Mood::GarbageGreeting, "sent a reply that was not understood", ""),
+        (Mood::FloodLine, "sent a line of more than", ""),
+        (Mood::FloodNews, "sent", ""),
     ];
     let installation = Installation::new();
     let name = |mood| format!("{mood:?}.sock");

@@ -10,12 +10,11 @@ mod wireguard;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::agent::Agent;
 use crate::cli::{Given, Options};
 
 /// For everything: what has not come by then is a problem of its own.
@@ -84,24 +83,16 @@ pub(crate) fn run(mut options: Options, given: Given) -> Report {
     entries.extend(found);
     let end = Instant::now() + PATIENCE;
     let looks = looks.map(|(subject, look)| {
-        let (sender, receiver) = mpsc::sync_channel(1);
         let (options, credentials) = (options.clone(), credentials.clone());
-        let look = move || look(&options, credentials.as_deref());
-        // Nobody is there to receive when the look came too late.
-        let thread = thread::Builder::new().spawn(move || drop(sender.send(look())));
-        (subject, thread.map(|_| receiver))
+        let look = move |_| Ok(look(&options, credentials.as_deref()));
+        (subject, Agent::<()>::new(subject).change(end, subject.to_owned(), look))
     });
-    entries.extend(looks.into_iter().flat_map(|(subject, receiver)| {
-        let left = end.saturating_duration_since(Instant::now());
-        let found = receiver.ok().and_then(|receiver| receiver.recv_timeout(left).ok());
-        found.unwrap_or_else(|| {
-            let seen = format!(
-                "no answer within {} s: a name server, a file system or the kernel hangs",
-                PATIENCE.as_secs()
-            );
-            vec![Entry::problem(subject, seen, "journalctl -k")]
-        })
-    }));
+    for (subject, answer) in looks {
+        entries.extend(answer.and_then(|answer| answer.wait(end)).unwrap_or_else(|failure| {
+            let hint = "does a name server, a file system or the kernel hang?";
+            vec![Entry::problem(subject, format!("{failure}: {hint}"), "journalctl -k")]
+        }));
+    }
     Report(entries)
 }
 
