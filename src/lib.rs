@@ -41,8 +41,9 @@ use tls::Tls;
 /// read, and the socket of a connection that has lost its place and whose thread has yet to notice.
 const DESCRIPTORS_PER_CONNECTION: u64 = 6;
 
-/// Descriptors for everything else: a conversation with each OpenVPN process, WireGuard, logging.
-const OTHER_DESCRIPTORS: u64 = openvpn::MAX_DESCRIPTORS + 128;
+/// Descriptors for everything else: a conversation with each OpenVPN process, clients that are told
+/// 503, WireGuard, logging.
+const OTHER_DESCRIPTORS: u64 = openvpn::MAX_DESCRIPTORS + front::OVER_LIMIT as u64 + 128;
 
 /// What the daemon tells itself with when its HTTP server has given up.
 const GAVE_UP: Signal = Signal::SIGUSR1;
@@ -116,7 +117,7 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let limit = raise_open_files(options.max_connections);
     let tcp = match systemd::passed_socket()? {
         Some(passed) => passed,
-        None => front::bind_tcp(&options.listen).map_err(|error| error.to_string())?,
+        None => front::bind_tcp(&options.listen)?,
     };
     let address = tcp.local_addr().map_err(cannot("tell the address"))?;
     let failed = |error: &io::Error| {

@@ -1,9 +1,8 @@
 //! One connection: handshake, head, body, answer. tiny_http is given what is known to be harmless.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -38,9 +37,6 @@ const LIFE_TIME: Duration = Duration::from_secs(600);
 /// A body up to this size is complete before tiny_http sees its request, so that a client that
 /// sends slowly occupies nothing but its own connection.
 const WHOLE_BODY: usize = head::MAX_FORM;
-
-/// tiny_http's answers have a head of a few lines.
-const MAX_ANSWER_HEAD: usize = 8 * 1024;
 
 const PIECE: usize = 16 * 1024;
 
@@ -181,16 +177,6 @@ impl Connection<'_> {
         result
     }
 
-    /// Receives until the buffer holds `wanted` bytes or more.
-    fn receive_up_to(&mut self, wanted: usize) -> io::Result<()> {
-        while self.buffer.len() < wanted {
-            if self.receive(wanted - self.buffer.len())? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-        Ok(())
-    }
-
     fn read_head(&mut self) -> io::Result<Result<Head, Refusal>> {
         let mut seen = 0;
         loop {
@@ -217,7 +203,13 @@ impl Connection<'_> {
             self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
             self.stream.flush()?;
         }
-        self.receive_up_to(head.length + head.content_length.min(WHOLE_BODY))
+        let wanted = head.length + head.content_length.min(WHOLE_BODY);
+        while self.buffer.len() < wanted {
+            if self.receive(wanted - self.buffer.len())? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
     }
 
     /// Passes the request on and the answer back. Whether the connection is kept.
@@ -248,8 +240,9 @@ impl Connection<'_> {
             }
             self.enter(Phase::UnderWay, ANSWER_TIME)?;
         }
-        let answer = match sent.and_then(|()| AnswerHead::read(&mut inner, head)) {
-            Ok(answer) => answer,
+        let mut answer = BufReader::with_capacity(4 * PIECE, &inner);
+        let text = match sent.and_then(|()| read_lines(&mut answer)) {
+            Ok(text) => text,
             Err(error) => {
                 error!("the HTTP server gave no answer: {error}");
                 drop(inner);
@@ -261,23 +254,27 @@ impl Connection<'_> {
         };
         let in_time = Instant::now() < self.ends;
         let keep = head.keep_alive && in_time && self.place.is_kept() && self.is_current();
-        let mut piece = answer.outer_head(head, keep);
-        piece.extend(answer.body_start);
-        let (mut filled, mut left) = (piece.len(), answer.body_left);
-        while left > 0 {
-            self.stream.write_all(&piece[..filled])?;
-            let limit = left.min(4 * PIECE);
-            // It grows once: zeros for each piece would be more work than the piece.
-            piece.resize(piece.len().max(limit), 0);
-            filled = inner.read(&mut piece[..limit])?;
-            if filled == 0 {
+        let (mut piece, length) = outer_head(&text, head, keep);
+        let mut left = if head.method == "HEAD" { 0 } else { length };
+        let mut ready = answer.buffer();
+        loop {
+            let count = ready.len().min(left);
+            piece.extend_from_slice(&ready[..count]);
+            answer.consume(count);
+            left -= count;
+            if left == 0 {
+                break;
+            }
+            self.stream.write_all(&piece)?;
+            piece.clear();
+            ready = answer.fill_buf()?;
+            if ready.is_empty() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            left -= filled;
         }
         // Over the rest the client may take its time.
         self.door.inner.give_back(inner);
-        self.stream.write_all(&piece[..filled])?;
+        self.stream.write_all(&piece)?;
         self.stream.flush()?;
         Ok(keep)
     }
@@ -427,70 +424,36 @@ impl Write for Stream<'_> {
     }
 }
 
-/// The head of an answer from tiny_http, and what came with it of the body.
-struct AnswerHead {
-    text: String,
-    body_start: Vec<u8>,
-    /// Bytes of the body that are still to be read.
-    body_left: usize,
+/// The head of tiny_http's answer.
+fn read_lines(answer: &mut impl BufRead) -> io::Result<String> {
+    let mut text = String::new();
+    while !text.ends_with("\r\n\r\n") {
+        if answer.read_line(&mut text)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(text)
 }
 
-impl AnswerHead {
-    /// Reads the answer to `head`.
-    fn read(inner: &mut UnixStream, head: &Head) -> io::Result<Self> {
-        let mut bytes = Vec::with_capacity(1024);
-        let mut piece = [0; 4096];
-        let end = loop {
-            let count = inner.read(&mut piece)?;
-            if count == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            bytes.extend_from_slice(&piece[..count]);
-            if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
-                break end + 2;
-            }
-            if bytes.len() > MAX_ANSWER_HEAD {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-        };
-        let body_start = bytes.split_off(end + 2);
-        bytes.truncate(end);
-        let text = String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData)?;
-        let mut answer = Self { text, body_start, body_left: 0 };
-        // More than its length would be taken for the beginning of the next answer.
-        let left = answer.body_length(head).checked_sub(answer.body_start.len());
-        answer.body_left = left.ok_or(io::ErrorKind::InvalidData)?;
-        Ok(answer)
-    }
-
-    fn has_no_content(&self) -> bool {
-        self.text.get(9..12) == Some("204")
-    }
-
-    /// Bytes of the body that follow. The handlers always give a length.
-    fn body_length(&self, head: &Head) -> usize {
-        if head.method == "HEAD" || self.has_no_content() {
-            return 0;
-        }
-        let length = self.text.lines().find_map(|line| line.strip_prefix("Content-Length: "));
-        length.and_then(|length| length.parse().ok()).unwrap_or(0)
-    }
-
-    /// The head as the client gets it: 204 has no length (RFC 9110, 8.6), and what becomes of
-    /// the connection is said where the client would not expect it.
-    fn outer_head(&self, head: &Head, keep: bool) -> Vec<u8> {
-        let mut outer = String::with_capacity(self.text.len() + 32);
-        for line in self.text.split_inclusive("\r\n") {
-            if !(self.has_no_content() && line.starts_with("Content-Length:")) {
-                outer.push_str(line);
+/// The head as the client gets it, and the length that it tells: 204 has none (RFC 9110, 8.6), and
+/// what becomes of the connection is said where the client would not expect it.
+fn outer_head(text: &str, head: &Head, keep: bool) -> (Vec<u8>, usize) {
+    let mut outer = String::with_capacity(1024);
+    let mut length = 0;
+    for line in text.trim_end().split("\r\n") {
+        if let Some(value) = line.strip_prefix("Content-Length: ") {
+            length = value.parse().unwrap_or(0);
+            if text.contains(" 204 ") {
+                continue;
             }
         }
-        match (keep, head.http10) {
-            (false, _) => outer.push_str("Connection: close\r\n"),
-            (true, true) => outer.push_str("Connection: keep-alive\r\n"),
-            (true, false) => {}
-        }
+        outer.push_str(line);
         outer.push_str("\r\n");
-        outer.into_bytes()
     }
+    outer.push_str(match (keep, head.http10) {
+        (false, _) => "Connection: close\r\n\r\n",
+        (true, true) => "Connection: keep-alive\r\n\r\n",
+        (true, false) => "\r\n",
+    });
+    (outer.into_bytes(), length)
 }

@@ -5,7 +5,6 @@ pub mod head;
 mod inner;
 mod table;
 
-use std::fmt;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd};
@@ -16,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn6, bind, listen, setsockopt, socket,
     sockopt,
@@ -23,6 +23,7 @@ use nix::sys::socket::{
 
 use connection::Visitor;
 pub(crate) use inner::{Inner, InnerDirectory};
+pub(crate) use table::OVER_LIMIT;
 use table::Table;
 
 use crate::cli::ListenAddress;
@@ -44,22 +45,12 @@ const SHED: usize = 16;
 /// Rust's default of 2 MiB would only be address space.
 const STACK: usize = 128 * 1024;
 
-/// Why the daemon cannot listen.
-#[derive(Debug)]
-pub(crate) struct BindError {
-    address: ListenAddress,
-    error: io::Error,
-}
-
-impl fmt::Display for BindError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot listen on {}: {}", self.address, self.error)
-    }
-}
-
 /// Listens on `address`. Every address of the host is one socket for IPv6 and IPv4, or IPv4
 /// alone where the host has no IPv6.
-pub(crate) fn bind_tcp(address: &ListenAddress) -> Result<TcpListener, BindError> {
+///
+/// # Errors
+/// Why that is not possible.
+pub(crate) fn bind_tcp(address: &ListenAddress) -> Result<TcpListener, String> {
     let listener = match &address.host {
         Some(host) => (host.as_str(), address.port)
             .to_socket_addrs()
@@ -71,7 +62,7 @@ pub(crate) fn bind_tcp(address: &ListenAddress) -> Result<TcpListener, BindError
             result => result.map_err(io::Error::from),
         },
     };
-    listener.map_err(|error| BindError { address: address.clone(), error })
+    listener.map_err(|error| format!("cannot listen on {address}: {error}"))
 }
 
 /// The standard library leaves it to a sysctl whether a socket for `::` also takes IPv4.
@@ -140,7 +131,11 @@ impl FrontDoor {
         // waits for the client's acknowledgement.
         listen(&listener, Backlog::MAXCONN)?;
         setsockopt(&listener, sockopt::TcpNoDelay, &true)?;
-        let (table, accepting, watching) = (Table::new(limit), Beat::new(), Beat::new());
+        // Where descriptors are short, nobody is let in who can only be refused.
+        let (files, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let over_limit = usize::try_from(files / 8).unwrap_or(OVER_LIMIT).min(OVER_LIMIT);
+        let table = Table::new(limit, over_limit);
+        let (accepting, watching) = (Beat::new(), Beat::new());
         let door = Arc::new(Door { table, inner, tls, allow_hosts, accepting, watching });
         let watched = Arc::clone(&door);
         let builder = |name: &str| thread::Builder::new().name(name.to_owned()).stack_size(STACK);
@@ -241,5 +236,29 @@ impl Door {
         let shed = self.table.shed(SHED);
         self.inner.trim();
         warn_seldom(what, format_args!("{what}: {error}; closed {shed} that were waiting"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_does_not_come_round_is_noticed() {
+        let directory = InnerDirectory::below(&std::env::temp_dir()).unwrap();
+        let (inner, _listener) = Inner::open(&directory, |_| {}).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let front_door = FrontDoor::open(listener, 1, inner, None, Vec::new()).unwrap();
+        let pulse = front_door.pulse();
+        let ends = |front_door: FrontDoor| drop((front_door.stop, front_door.accepting.join()));
+        let nearly_dead =
+            || Instant::now() + DEAD_TIME - Duration::from_millis(2 * u64::from(ROUND));
+        // Both come round by themselves.
+        thread::sleep(Duration::from_millis(3 * u64::from(ROUND)));
+        pulse(nearly_dead()).unwrap();
+        ends(front_door);
+        thread::sleep(Duration::from_millis(3 * u64::from(ROUND)));
+        let error = pulse(nearly_dead()).unwrap_err();
+        assert_eq!(error.to_string(), "the thread that accepts connections is dead");
     }
 }

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use crate::lock;
 
-/// Connections beyond the limit: newcomers whose request is not complete, that wait for a place, or
-/// that are being told 503.
-const OVER_LIMIT: usize = 256;
+/// Most connections beyond the limit: newcomers whose request is not complete, that wait for a
+/// place, or that are being told 503.
+pub(crate) const OVER_LIMIT: usize = 256;
 /// How long a complete request waits for a place before it is told 503, at most,
 const PLACE_TIME: Duration = Duration::from_millis(900);
 /// and while nobody gets one.
@@ -21,36 +21,39 @@ const STOP_GRACE: Duration = Duration::from_secs(1);
 /// For an idle connection that is closed to tell the client so.
 const GOODBYE_TIME: Duration = Duration::from_secs(2);
 
-/// What a connection is doing. When the connection limit is reached, one that is idle or stalled
-/// makes room for a newcomer, and one that is still arriving for a complete request.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// What a connection is doing. When the connection limit is reached, one that is stalled or idle
+/// makes room for a newcomer, and one that is silent or arriving for a complete request: the first
+/// ones here first, and among equals who has waited longest.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Phase {
-    /// Its handshake, head or body is not complete.
-    Arriving,
-    /// It has had an answer and has not sent a byte since.
-    Idle,
-    /// A complete request is being answered.
-    UnderWay,
     /// Its answer has begun, and the client is not taking the rest.
     Stalled,
+    /// It has had an answer and has not sent a byte since.
+    Idle,
+    /// It has not sent a byte yet.
+    Silent,
+    /// Its handshake, head or body is not complete.
+    Arriving,
+    /// A complete request is being answered.
+    UnderWay,
 }
 
-/// All open connections: at most `limit`, and those over the limit.
+/// All open connections: at most `limit`, and at most `over_limit` besides.
 pub(super) struct Table {
     state: Mutex<State>,
     /// A connection has gone, or somebody may have its place.
     freed: Condvar,
     limit: usize,
+    over_limit: usize,
 }
 
 #[derive(Default)]
 struct State {
     slots: HashMap<u64, Slot>,
     next_id: u64,
-    regular: Class,
-    over_limit: Class,
-    /// Connections of each network, those among them that are closed and have yet to notice it.
-    of_network: HashMap<IpAddr, usize>,
+    networks: HashMap<IpAddr, Network>,
+    /// Connections that are open: with a place, and over the limit.
+    open: [usize; 2],
     /// Complete requests that wait for a place: the first comer gets the first one.
     queue: BTreeSet<u64>,
     /// When one of them got a place.
@@ -65,41 +68,26 @@ struct Slot {
     /// Since when it is in this phase.
     since: Instant,
     deadline: Instant,
-    /// Whether the client has sent a byte.
-    heard: bool,
     over_limit: bool,
     /// Shut down; its thread has yet to notice.
     closed: bool,
 }
 
-/// Whose turn it is to go, the lowest first; among equals who has waited longest.
-type Rank = (Order, Instant, u64);
-
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Order {
-    Stalled,
-    Idle,
-    /// It has not sent a byte.
-    Silent,
-    Arriving,
+/// The connections of one network.
+#[derive(Default)]
+struct Network {
+    /// With those that are closed and have yet to notice it.
+    threads: usize,
+    /// Who may have to go: of those with a place, and over the limit.
+    waiting: [BTreeSet<Rank>; 2],
 }
 
-impl Slot {
-    /// `None` while its request is under way.
-    fn rank(&self, id: u64) -> Option<Rank> {
-        let order = match self.phase {
-            Phase::UnderWay => return None,
-            Phase::Stalled => Order::Stalled,
-            Phase::Idle => Order::Idle,
-            Phase::Arriving if self.heard => Order::Arriving,
-            Phase::Arriving => Order::Silent,
-        };
-        Some((order, self.since, id))
-    }
+/// Whose turn it is to go, the lowest first.
+type Rank = (Phase, Instant, u64);
 
-    /// Its class and rank while it is open.
-    fn standing(&self, id: u64) -> Option<(bool, Option<Rank>)> {
-        (!self.closed).then(|| (self.over_limit, self.rank(id)))
+impl Slot {
+    fn rank(&self, id: u64) -> Option<Rank> {
+        (self.phase != Phase::UnderWay).then_some((self.phase, self.since, id))
     }
 
     fn enter(&mut self, phase: Phase) {
@@ -123,79 +111,43 @@ impl Slot {
     }
 }
 
-/// Connections that share a limit, and the order in which they have to go.
-#[derive(Default)]
-struct Class {
-    open: usize,
-    waiting: HashMap<IpAddr, BTreeSet<Rank>>,
-    /// The networks by how many of their connections wait; among equals by whose turn it is.
-    crowds: BTreeSet<(usize, Reverse<Rank>, IpAddr)>,
-}
-
-impl Class {
-    /// The largest crowd makes room: who opens connections by the thousand evicts its own.
-    fn first_to_go(&self) -> Option<(Order, u64)> {
-        self.crowds.last().map(|(_, Reverse((order, _, id)), _)| (*order, *id))
-    }
-
-    fn rerank(&mut self, network: IpAddr, change: impl FnOnce(&mut BTreeSet<Rank>)) {
-        let crowd = |ranks: &BTreeSet<Rank>| {
-            ranks.first().map(|first| (ranks.len(), Reverse(*first), network))
-        };
-        let ranks = self.waiting.entry(network).or_default();
-        if let Some(old) = crowd(ranks) {
-            self.crowds.remove(&old);
-        }
-        change(ranks);
-        match crowd(ranks) {
-            Some(new) => drop(self.crowds.insert(new)),
-            None => drop(self.waiting.remove(&network)),
-        }
-    }
-}
-
 impl State {
     /// Changes a connection that is open. `None` if it is not.
     fn change<T>(&mut self, id: u64, change: impl FnOnce(&mut Slot) -> T) -> Option<T> {
         let slot = self.slots.get_mut(&id).filter(|slot| !slot.closed)?;
-        let (network, before) = (slot.network, slot.standing(id));
+        let waiting = &mut self.networks.entry(slot.network).or_default().waiting;
+        self.open[usize::from(slot.over_limit)] -= 1;
+        if let Some(rank) = slot.rank(id) {
+            waiting[usize::from(slot.over_limit)].remove(&rank);
+        }
         let result = change(slot);
-        let after = slot.standing(id);
-        if before != after {
-            self.tally(network, before, false);
-            self.tally(network, after, true);
+        if !slot.closed {
+            self.open[usize::from(slot.over_limit)] += 1;
+            waiting[usize::from(slot.over_limit)].extend(slot.rank(id));
         }
         Some(result)
     }
 
-    /// An open connection joins its class, or leaves it.
-    fn tally(&mut self, network: IpAddr, standing: Option<(bool, Option<Rank>)>, joins: bool) {
-        let Some((over_limit, rank)) = standing else { return };
-        let class = self.class(over_limit);
-        class.open = if joins { class.open + 1 } else { class.open - 1 };
-        if let Some(rank) = rank {
-            class.rerank(network, |ranks| match joins {
-                true => drop(ranks.insert(rank)),
-                false => drop(ranks.remove(&rank)),
-            });
-        }
-    }
-
-    fn class(&mut self, over_limit: bool) -> &mut Class {
-        if over_limit { &mut self.over_limit } else { &mut self.regular }
+    /// The next to go is one of the largest crowd: who opens connections by the thousand evicts
+    /// its own.
+    fn first_to_go(&self, over_limit: bool) -> Option<(Phase, u64)> {
+        let crowds =
+            self.networks.values().map(|network| &network.waiting[usize::from(over_limit)]);
+        let turns = crowds.filter_map(|crowd| Some((crowd.len(), Reverse(*crowd.first()?))));
+        turns.max().map(|(_, Reverse((phase, _, id)))| (phase, id))
     }
 
     /// Closes the connection whose turn it is. Whether there is one.
     fn evict(&mut self, over_limit: bool) -> bool {
-        let first = self.class(over_limit).first_to_go();
+        let first = self.first_to_go(over_limit);
         first.is_some_and(|(_, id)| self.change(id, Slot::close).is_some())
     }
 
     /// Frees a place for a request, complete or not. A newcomer does not take that of another one,
     /// but a complete request does: the other is over the limit then.
     fn free_place(&mut self, is_complete: bool) -> bool {
-        match self.regular.first_to_go() {
-            Some((Order::Stalled | Order::Idle, id)) => self.change(id, Slot::close).is_some(),
+        match self.first_to_go(false) {
+            Some((Phase::Stalled | Phase::Idle, id)) => self.change(id, Slot::close).is_some(),
             Some((_, id)) if is_complete => {
                 self.change(id, |slot| slot.over_limit = true).is_some()
             }
@@ -205,8 +157,8 @@ impl State {
 }
 
 impl Table {
-    pub(super) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), freed: Condvar::new(), limit })
+    pub(super) fn new(limit: usize, over_limit: usize) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), freed: Condvar::new(), limit, over_limit })
     }
 
     /// Gives `stream` a place until `deadline`, if need be that of another connection. `None` when
@@ -220,27 +172,36 @@ impl Table {
     ) -> Option<Place> {
         let network = network(client);
         let mut state = lock(&self.state);
-        let most = 2 * (self.limit + OVER_LIMIT);
-        let own = state.of_network.get(&network).copied().unwrap_or(0);
+        let most = 2 * (self.limit + self.over_limit);
+        let own = state.networks.get(&network).map_or(0, |network| network.threads);
         if state.slots.len() >= most || own >= most / 4 * 3 {
             return None;
         }
-        let is_full = state.regular.open + state.queue.len() >= self.limit;
+        let is_full = state.open[0] + state.queue.len() >= self.limit;
         let over_limit = is_full && !(state.queue.is_empty() && state.free_place(false));
-        if over_limit && state.over_limit.open >= OVER_LIMIT {
+        if over_limit && state.open[1] >= self.over_limit {
             // Those in the queue are told 503 now.
             self.freed.notify_all();
             if !state.evict(true) {
                 return None;
             }
         }
-        let (id, since, phase) = (state.next_id, Instant::now(), Phase::Arriving);
-        let (heard, closed) = (false, false);
-        let slot = Slot { stream, network, phase, since, deadline, heard, over_limit, closed };
+        let id = state.next_id;
         state.next_id += 1;
-        state.tally(network, slot.standing(id), true);
+        let slot = Slot {
+            stream,
+            network,
+            phase: Phase::Silent,
+            since: Instant::now(),
+            deadline,
+            over_limit,
+            closed: false,
+        };
+        let own = state.networks.entry(network).or_default();
+        own.threads += 1;
+        own.waiting[usize::from(over_limit)].extend(slot.rank(id));
+        state.open[usize::from(over_limit)] += 1;
         state.slots.insert(id, slot);
-        *state.of_network.entry(network).or_default() += 1;
         Some(Place { table: Arc::clone(self), id })
     }
 
@@ -274,8 +235,8 @@ impl Table {
         let stop_at = lock(&self.state).stop_at;
         self.close(|slot| {
             let grace_is_over = stop_at.is_some_and(|at| now >= at);
-            let is_waiting = matches!(slot.phase, Phase::Arriving | Phase::Idle);
-            now >= slot.deadline || (grace_is_over && is_waiting)
+            let has_asked = matches!(slot.phase, Phase::UnderWay | Phase::Stalled);
+            now >= slot.deadline || (grace_is_over && !has_asked)
         });
     }
 
@@ -340,7 +301,7 @@ impl Place {
     /// # Errors
     /// The place is lost.
     pub(super) fn hear(&self) -> io::Result<()> {
-        self.change(|slot| slot.heard = true)
+        self.change(|slot| slot.enter(slot.phase.max(Phase::Arriving)))
     }
 
     /// Makes a change. Who is idle or stalled then makes room if a request waits for a place.
@@ -349,12 +310,9 @@ impl Place {
         let (wanted, stopping) = (!state.queue.is_empty(), state.stop_at.is_some());
         let kept = state.change(self.id, |slot| {
             change(slot);
-            let yields = match slot.phase {
-                Phase::Idle => wanted || stopping,
-                Phase::Stalled => wanted,
-                Phase::Arriving | Phase::UnderWay => false,
-            };
-            if yields {
+            let yields = wanted && slot.phase <= Phase::Idle;
+            let ends = stopping && slot.phase == Phase::Idle;
+            if yields || ends {
                 slot.close();
             }
             !slot.closed
@@ -385,7 +343,7 @@ impl Place {
         state.queue.insert(id);
         let has_place = loop {
             let is_first = state.queue.first() == Some(&id);
-            if is_first && (state.regular.open < limit || state.free_place(true)) {
+            if is_first && (state.open[0] < limit || state.free_place(true)) {
                 state.last_turn = Some(Instant::now());
                 break true;
             }
@@ -393,7 +351,7 @@ impl Place {
             let patience = (start + PLACE_TIME).min(turn + TURN_TIME);
             let left = patience.saturating_duration_since(Instant::now());
             // Nobody waits where others could not even be told.
-            if left.is_zero() || state.over_limit.open >= OVER_LIMIT {
+            if left.is_zero() || state.open[1] >= self.table.over_limit {
                 break false;
             }
             let wait = self.table.freed.wait_timeout(state, left);
@@ -419,13 +377,12 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut state = lock(&self.table.state);
         state.change(self.id, |slot| slot.closed = true);
-        let slot = state.slots.remove(&self.id);
-        if let Some(slot) = slot
-            && let Some(count) = state.of_network.get_mut(&slot.network)
+        if let Some(slot) = state.slots.remove(&self.id)
+            && let Some(network) = state.networks.get_mut(&slot.network)
         {
-            *count -= 1;
-            if *count == 0 {
-                state.of_network.remove(&slot.network);
+            network.threads -= 1;
+            if network.threads == 0 {
+                state.networks.remove(&slot.network);
             }
         }
         if !state.queue.is_empty() || state.stop_at.is_some() {
@@ -460,7 +417,7 @@ mod tests {
         fn new(limit: usize) -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let later = Instant::now() + Duration::from_secs(60);
-            Self { listener, table: Table::new(limit), later }
+            Self { listener, table: Table::new(limit, OVER_LIMIT), later }
         }
 
         fn try_admit(&self, from: IpAddr) -> Option<Guest> {
@@ -633,6 +590,6 @@ mod tests {
         site.table.wait_until_empty(Duration::ZERO);
         drop(busy);
         site.table.wait_until_empty(Duration::from_secs(3600));
-        assert!(lock(&site.table.state).of_network.is_empty());
+        assert!(lock(&site.table.state).networks.is_empty());
     }
 }
