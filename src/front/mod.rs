@@ -250,13 +250,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let front_door = FrontDoor::open(listener, 1, inner, None, Vec::new()).unwrap();
         let pulse = front_door.pulse();
-        let ends = |front_door: FrontDoor| drop((front_door.stop, front_door.accepting.join()));
         let nearly_dead =
             || Instant::now() + DEAD_TIME - Duration::from_millis(2 * u64::from(ROUND));
         // Both come round by themselves.
         thread::sleep(Duration::from_millis(3 * u64::from(ROUND)));
         pulse(nearly_dead()).unwrap();
-        ends(front_door);
+        drop(front_door.stop);
+        front_door.accepting.join().unwrap();
         thread::sleep(Duration::from_millis(3 * u64::from(ROUND)));
         let error = pulse(nearly_dead()).unwrap_err();
         assert_eq!(error.to_string(), "the thread that accepts connections is dead");

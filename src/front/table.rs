@@ -1,7 +1,7 @@
 //! Who may stay, and how long: the connections that are open, and what each of them is doing.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -12,10 +12,8 @@ use crate::lock;
 /// Most connections beyond the limit: newcomers whose request is not complete, that wait for a
 /// place, or that are being told 503.
 pub(crate) const OVER_LIMIT: usize = 256;
-/// How long a complete request waits for a place before it is told 503, at most,
-const PLACE_TIME: Duration = Duration::from_millis(900);
-/// and while nobody gets one.
-const TURN_TIME: Duration = Duration::from_millis(400);
+/// How long a complete request waits for a place before it is told 503.
+const PLACE_TIME: Duration = Duration::from_millis(500);
 /// How long a connection whose request has not come yet may still send one when the daemon stops.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 /// For an idle connection that is closed to tell the client so.
@@ -51,13 +49,8 @@ pub(super) struct Table {
 struct State {
     slots: HashMap<u64, Slot>,
     next_id: u64,
-    networks: HashMap<IpAddr, Network>,
-    /// Connections that are open: with a place, and over the limit.
-    open: [usize; 2],
-    /// Complete requests that wait for a place: the first comer gets the first one.
-    queue: BTreeSet<u64>,
-    /// When one of them got a place.
-    last_turn: Option<Instant>,
+    /// Complete requests that wait for a place.
+    queued: usize,
     stop_at: Option<Instant>,
 }
 
@@ -73,23 +66,7 @@ struct Slot {
     closed: bool,
 }
 
-/// The connections of one network.
-#[derive(Default)]
-struct Network {
-    /// With those that are closed and have yet to notice it.
-    threads: usize,
-    /// Who may have to go: of those with a place, and over the limit.
-    waiting: [BTreeSet<Rank>; 2],
-}
-
-/// Whose turn it is to go, the lowest first.
-type Rank = (Phase, Instant, u64);
-
 impl Slot {
-    fn rank(&self, id: u64) -> Option<Rank> {
-        (self.phase != Phase::UnderWay).then_some((self.phase, self.since, id))
-    }
-
     fn enter(&mut self, phase: Phase) {
         if self.phase != phase || phase == Phase::Idle {
             (self.phase, self.since) = (phase, Instant::now());
@@ -112,47 +89,40 @@ impl Slot {
 }
 
 impl State {
-    /// Changes a connection that is open. `None` if it is not.
-    fn change<T>(&mut self, id: u64, change: impl FnOnce(&mut Slot) -> T) -> Option<T> {
-        let slot = self.slots.get_mut(&id).filter(|slot| !slot.closed)?;
-        let waiting = &mut self.networks.entry(slot.network).or_default().waiting;
-        self.open[usize::from(slot.over_limit)] -= 1;
-        if let Some(rank) = slot.rank(id) {
-            waiting[usize::from(slot.over_limit)].remove(&rank);
-        }
-        let result = change(slot);
-        if !slot.closed {
-            self.open[usize::from(slot.over_limit)] += 1;
-            waiting[usize::from(slot.over_limit)].extend(slot.rank(id));
-        }
-        Some(result)
+    fn open(&self, over_limit: bool) -> usize {
+        let is_open = |slot: &&Slot| !slot.closed && slot.over_limit == over_limit;
+        self.slots.values().filter(is_open).count()
     }
 
-    /// The next to go is one of the largest crowd: who opens connections by the thousand evicts
-    /// its own.
-    fn first_to_go(&self, over_limit: bool) -> Option<(Phase, u64)> {
-        let crowds =
-            self.networks.values().map(|network| &network.waiting[usize::from(over_limit)]);
-        let turns = crowds.filter_map(|crowd| Some((crowd.len(), Reverse(*crowd.first()?))));
-        turns.max().map(|(_, Reverse((phase, _, id)))| (phase, id))
+    /// Whose turn it is to go: one of the network that has most connections waiting. Who opens them
+    /// by the thousand evicts its own.
+    fn first_to_go(&mut self, over_limit: bool) -> Option<&mut Slot> {
+        let waits = |slot: &Slot| {
+            !slot.closed && slot.over_limit == over_limit && slot.phase != Phase::UnderWay
+        };
+        let mut crowds = HashMap::new();
+        for slot in self.slots.values().filter(|slot| waits(slot)) {
+            *crowds.entry(slot.network).or_insert(0) += 1;
+        }
+        let waiting = self.slots.values_mut().filter(|slot| waits(slot));
+        waiting.min_by_key(|slot| (Reverse(crowds[&slot.network]), slot.phase, slot.since))
     }
 
     /// Closes the connection whose turn it is. Whether there is one.
     fn evict(&mut self, over_limit: bool) -> bool {
-        let first = self.first_to_go(over_limit);
-        first.is_some_and(|(_, id)| self.change(id, Slot::close).is_some())
+        self.first_to_go(over_limit).map(Slot::close).is_some()
     }
 
     /// Frees a place for a request, complete or not. A newcomer does not take that of another one,
     /// but a complete request does: the other is over the limit then.
     fn free_place(&mut self, is_complete: bool) -> bool {
-        match self.first_to_go(false) {
-            Some((Phase::Stalled | Phase::Idle, id)) => self.change(id, Slot::close).is_some(),
-            Some((_, id)) if is_complete => {
-                self.change(id, |slot| slot.over_limit = true).is_some()
-            }
-            _ => false,
+        let Some(slot) = self.first_to_go(false) else { return false };
+        if slot.phase <= Phase::Idle {
+            slot.close();
+        } else {
+            slot.over_limit = is_complete;
         }
+        slot.closed || slot.over_limit
     }
 }
 
@@ -173,34 +143,19 @@ impl Table {
         let network = network(client);
         let mut state = lock(&self.state);
         let most = 2 * (self.limit + self.over_limit);
-        let own = state.networks.get(&network).map_or(0, |network| network.threads);
+        let own = state.slots.values().filter(|slot| slot.network == network).count();
         if state.slots.len() >= most || own >= most / 4 * 3 {
             return None;
         }
-        let is_full = state.open[0] + state.queue.len() >= self.limit;
-        let over_limit = is_full && !(state.queue.is_empty() && state.free_place(false));
-        if over_limit && state.open[1] >= self.over_limit {
-            // Those in the queue are told 503 now.
-            self.freed.notify_all();
-            if !state.evict(true) {
-                return None;
-            }
+        let is_full = state.open(false) + state.queued >= self.limit;
+        let over_limit = is_full && !(state.queued == 0 && state.free_place(false));
+        if over_limit && state.open(true) >= self.over_limit && !state.evict(true) {
+            return None;
         }
         let id = state.next_id;
         state.next_id += 1;
-        let slot = Slot {
-            stream,
-            network,
-            phase: Phase::Silent,
-            since: Instant::now(),
-            deadline,
-            over_limit,
-            closed: false,
-        };
-        let own = state.networks.entry(network).or_default();
-        own.threads += 1;
-        own.waiting[usize::from(over_limit)].extend(slot.rank(id));
-        state.open[usize::from(over_limit)] += 1;
+        let (phase, since, closed) = (Phase::Silent, Instant::now(), false);
+        let slot = Slot { stream, network, phase, since, deadline, over_limit, closed };
         state.slots.insert(id, slot);
         Some(Place { table: Arc::clone(self), id })
     }
@@ -225,9 +180,8 @@ impl Table {
 
     /// Returns when no connection is left, after at most `patience`.
     pub(super) fn wait_until_empty(&self, patience: Duration) {
-        let state = lock(&self.state);
         let some_are_left = |state: &mut State| !state.slots.is_empty();
-        drop(self.freed.wait_timeout_while(state, patience, some_are_left));
+        drop(self.freed.wait_timeout_while(lock(&self.state), patience, some_are_left));
     }
 
     /// Closes connections whose time is over.
@@ -242,16 +196,7 @@ impl Table {
 
     fn close(&self, which: impl Fn(&Slot) -> bool) {
         let mut state = lock(&self.state);
-        let mut ids = Vec::new();
-        for (id, slot) in state.slots.iter_mut().filter(|(_, slot)| which(slot)) {
-            match slot.closed {
-                true => slot.close(),
-                false => ids.push(*id),
-            }
-        }
-        for id in ids {
-            state.change(id, Slot::close);
-        }
+        state.slots.values_mut().filter(|slot| which(slot)).for_each(Slot::close);
         self.freed.notify_all();
     }
 }
@@ -259,9 +204,7 @@ impl Table {
 /// What one client has at hand: an IPv4 address, or an IPv6 network of 64 bits.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
-        IpAddr::V6(address) => {
-            Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()
-        }
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
         address => address,
     }
 }
@@ -296,7 +239,7 @@ impl Place {
         })
     }
 
-    /// The client has sent something.
+    /// The client has sent its first byte.
     ///
     /// # Errors
     /// The place is lost.
@@ -307,20 +250,17 @@ impl Place {
     /// Makes a change. Who is idle or stalled then makes room if a request waits for a place.
     fn change(&self, change: impl FnOnce(&mut Slot)) -> io::Result<()> {
         let mut state = lock(&self.table.state);
-        let (wanted, stopping) = (!state.queue.is_empty(), state.stop_at.is_some());
-        let kept = state.change(self.id, |slot| {
-            change(slot);
-            let yields = wanted && slot.phase <= Phase::Idle;
-            let ends = stopping && slot.phase == Phase::Idle;
-            if yields || ends {
-                slot.close();
-            }
-            !slot.closed
-        });
+        let (wanted, stopping) = (state.queued > 0, state.stop_at.is_some());
         if wanted {
             self.table.freed.notify_all();
         }
-        if kept == Some(true) { Ok(()) } else { Err(lost()) }
+        let slot = state.slots.get_mut(&self.id).filter(|slot| !slot.closed).ok_or_else(lost)?;
+        change(slot);
+        if (wanted && slot.phase <= Phase::Idle) || (stopping && slot.phase == Phase::Idle) {
+            slot.close();
+            return Err(lost());
+        }
+        Ok(())
     }
 
     /// The request is complete: whether there is a place to answer it from, until `deadline`. One
@@ -329,43 +269,33 @@ impl Place {
     /// # Errors
     /// The place is lost.
     pub(super) fn begin(&self, deadline: Instant) -> io::Result<bool> {
-        let start = Instant::now();
-        let (id, limit) = (self.id, self.table.limit);
-        let mut state = lock(&self.table.state);
-        let under_way = |slot: &mut Slot| {
-            slot.enter(Phase::UnderWay);
-            slot.deadline = deadline;
-            slot.over_limit
+        self.enter(Phase::UnderWay, deadline)?;
+        let table = &self.table;
+        let is_over = |state: &State| state.slots.get(&self.id).is_some_and(|slot| slot.over_limit);
+        let has_none = |state: &mut State| {
+            let is_free = state.open(false) < table.limit || state.free_place(true);
+            // Nobody waits where others could not even be told.
+            !is_free && state.open(true) < table.over_limit
         };
-        if !state.change(id, under_way).ok_or_else(lost)? {
+        let mut state = lock(&table.state);
+        if !is_over(&state) {
             return Ok(true);
         }
-        state.queue.insert(id);
-        let has_place = loop {
-            let is_first = state.queue.first() == Some(&id);
-            if is_first && (state.open[0] < limit || state.free_place(true)) {
-                state.last_turn = Some(Instant::now());
-                break true;
-            }
-            let turn = state.last_turn.map_or(start, |at| at.max(start));
-            let patience = (start + PLACE_TIME).min(turn + TURN_TIME);
-            let left = patience.saturating_duration_since(Instant::now());
-            // Nobody waits where others could not even be told.
-            if left.is_zero() || state.open[1] >= self.table.over_limit {
-                break false;
-            }
-            let wait = self.table.freed.wait_timeout(state, left);
-            state = wait.unwrap_or_else(PoisonError::into_inner).0;
-        };
-        state.queue.remove(&id);
-        self.table.freed.notify_all();
-        state.change(id, |slot| slot.over_limit = !has_place).map(|()| has_place).ok_or_else(lost)
+        state.queued += 1;
+        let wait = table.freed.wait_timeout_while(state, PLACE_TIME, has_none);
+        let (mut state, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        state.queued -= 1;
+        let has_place = state.open(false) < table.limit;
+        if let Some(slot) = state.slots.get_mut(&self.id) {
+            slot.over_limit = !has_place;
+        }
+        Ok(has_place)
     }
 
     /// Whether the connection may be kept after its answer.
     pub(super) fn is_kept(&self) -> bool {
         let state = lock(&self.table.state);
-        state.stop_at.is_none() && state.queue.is_empty()
+        state.stop_at.is_none() && state.queued == 0
     }
 }
 
@@ -375,19 +305,8 @@ fn lost() -> io::Error {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut state = lock(&self.table.state);
-        state.change(self.id, |slot| slot.closed = true);
-        if let Some(slot) = state.slots.remove(&self.id)
-            && let Some(network) = state.networks.get_mut(&slot.network)
-        {
-            network.threads -= 1;
-            if network.threads == 0 {
-                state.networks.remove(&slot.network);
-            }
-        }
-        if !state.queue.is_empty() || state.stop_at.is_some() {
-            self.table.freed.notify_all();
-        }
+        lock(&self.table.state).slots.remove(&self.id);
+        self.table.freed.notify_all();
     }
 }
 
@@ -535,7 +454,7 @@ mod tests {
         assert!(!late.place.begin(site.later).unwrap(), "nothing has become free");
         thread::scope(|scope| {
             let waits = scope.spawn(|| later.place.begin(site.later));
-            while lock(&site.table.state).queue.is_empty() {
+            while lock(&site.table.state).queued == 0 {
                 thread::yield_now();
             }
             assert!(!only.place.is_kept());
@@ -590,6 +509,6 @@ mod tests {
         site.table.wait_until_empty(Duration::ZERO);
         drop(busy);
         site.table.wait_until_empty(Duration::from_secs(3600));
-        assert!(lock(&site.table.state).networks.is_empty());
+        assert!(lock(&site.table.state).slots.is_empty());
     }
 }
