@@ -1,7 +1,7 @@
 //! One connection: handshake, head, body, answer. tiny_http is given what is known to be harmless.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -85,9 +85,32 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
         ends: Instant::now() + left.unwrap_or(LIFE_TIME).min(LIFE_TIME),
         stream,
         buffer: Vec::new(),
+        is_head: false,
     };
-    // An error means that the client has gone, was too slow or lost its place to another.
-    let _ = connection.run();
+    match connection.run() {
+        Ok(()) => connection.leave(),
+        Err(End::Refused(refusal)) => drop(connection.refuse(refusal)),
+        Err(End::Gone) => {}
+    }
+}
+
+/// Why a connection ends before its time.
+enum End {
+    Refused(Refusal),
+    /// The client has gone, was too slow or lost its place to another.
+    Gone,
+}
+
+impl From<io::Error> for End {
+    fn from(_: io::Error) -> Self {
+        Self::Gone
+    }
+}
+
+impl From<Refusal> for End {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
 }
 
 struct Connection<'a> {
@@ -104,45 +127,36 @@ struct Connection<'a> {
     ends: Instant,
     /// What the client has sent and no request has taken yet.
     buffer: Vec<u8>,
+    /// Whether the request's method is HEAD, whose answer has a length but no body.
+    is_head: bool,
 }
 
 impl Connection<'_> {
-    fn run(&mut self) -> io::Result<()> {
+    /// Returns when no further request is to be read.
+    fn run(&mut self) -> Result<(), End> {
         if self.generation.is_some() {
             self.enter(Phase::Arriving, IDLE_TIME)?;
         }
-        loop {
-            // Over TLS an error as well: the place is lost, or the client has gone silently.
-            if self.buffer.is_empty() && !matches!(self.receive(PIECE), Ok(1..)) {
-                return self.leave();
-            }
-            let mut head = match self.read_head()? {
-                Ok(head) => head,
-                Err(refusal) => {
-                    let is_head = self.buffer.trim_ascii_start().starts_with(b"HEAD ");
-                    return self.refuse(refusal.status, refusal.reason, is_head);
-                }
-            };
+        // Over TLS an error as well: the client has gone silently.
+        while !self.buffer.is_empty() || self.receive(PIECE).is_ok() {
+            let mut head = self.read_head()?;
             if head.forbidden.is_none() && self.has_foreign_host(&head)? {
                 head.forbidden = Some(FOREIGN_HOST);
             }
             let body_deadline = Instant::now() + BODY_TIME;
             self.read_whole_body(&head, body_deadline)?;
             if !self.is_current() {
-                return self.leave();
+                break;
             }
             if !self.place.begin(Instant::now() + ANSWER_TIME)? {
-                let sentence = "the connection limit is reached; try again";
-                return self.refuse(503, sentence, head.method == "HEAD");
+                return Err(refusal(503, "the connection limit is reached; try again"));
             }
-            if !self.answer(&head, body_deadline)? {
-                return self.leave();
-            }
-            let idle = Instant::now() + IDLE_TIME;
-            if self.place.enter(Phase::Idle, idle.min(self.ends)).is_err() {
-                return self.leave();
+            let idle = self.ends.min(Instant::now() + IDLE_TIME);
+            if !self.answer(&head, body_deadline)? || self.place.enter(Phase::Idle, idle).is_err() {
+                break;
             }
         }
+        Ok(())
     }
 
     fn enter(&self, phase: Phase, time: Duration) -> io::Result<()> {
@@ -163,33 +177,26 @@ impl Connection<'_> {
             && self.stream.socket.tcp.local_addr()?.ip().to_canonical().is_loopback())
     }
 
-    /// Appends what has arrived, at most `limit` bytes, to the buffer; 0 at the end of the stream.
-    fn receive(&mut self, limit: usize) -> io::Result<usize> {
+    /// Appends what has arrived, at most `limit` bytes, to the buffer.
+    fn receive(&mut self, limit: usize) -> io::Result<()> {
         let start = self.buffer.len();
         self.buffer.resize(start + limit.min(PIECE), 0);
-        let result = loop {
-            match self.stream.read(&mut self.buffer[start..]) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result,
-            }
-        };
-        self.buffer.truncate(start + *result.as_ref().unwrap_or(&0));
-        result
+        let count = self.stream.read(&mut self.buffer[start..]);
+        self.buffer.truncate(start + *count.as_ref().unwrap_or(&0));
+        if count? == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 
-    fn read_head(&mut self) -> io::Result<Result<Head, Refusal>> {
+    fn read_head(&mut self) -> Result<Head, End> {
         let mut seen = 0;
         loop {
-            match head::check(&self.buffer, seen) {
-                Ok(Some(head)) => return Ok(Ok(head)),
-                Err(refusal) => return Ok(Err(refusal)),
-                Ok(None) if seen == 0 => self.enter(Phase::Arriving, HEAD_TIME)?,
-                Ok(None) => {}
+            self.is_head = self.buffer.trim_ascii_start().starts_with(b"HEAD ");
+            match head::check(&self.buffer, seen)? {
+                Some(head) => return Ok(head),
+                None if seen == 0 => self.enter(Phase::Arriving, HEAD_TIME)?,
+                None => {}
             }
             seen = self.buffer.len();
-            if self.receive(PIECE)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+            self.receive(PIECE)?;
         }
     }
 
@@ -205,74 +212,54 @@ impl Connection<'_> {
         }
         let wanted = head.length + head.content_length.min(WHOLE_BODY);
         while self.buffer.len() < wanted {
-            if self.receive(wanted - self.buffer.len())? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+            self.receive(wanted - self.buffer.len())?;
         }
         Ok(())
     }
 
     /// Passes the request on and the answer back. Whether the connection is kept.
-    fn answer(&mut self, head: &Head, body_deadline: Instant) -> io::Result<bool> {
+    fn answer(&mut self, head: &Head, body_deadline: Instant) -> Result<bool, End> {
         let available = head.content_length.min(self.buffer.len() - head.length);
-        let left = head.content_length - available;
+        let left = (head.content_length - available) as u64;
         let mut extra = vec![(head::CLIENT_ADDRESS, self.address.as_str())];
         extra.extend(self.name.as_deref().map(|name| (head::CLIENT_NAME, name)));
         extra.extend(head.forbidden.map(|reason| (head::FORBIDDEN, reason)));
         let mut request = head.rewritten(&extra);
         request.extend(self.buffer.drain(..head.length + available).skip(head.length));
-        let mut inner = match self.door.inner.take() {
-            Ok(inner) => inner,
-            Err(error) => {
-                error!("no connection to the HTTP server: {error}");
-                let sentence = "the daemon has run out of resources; try again";
-                self.refuse(503, sentence, head.method == "HEAD")?;
-                return Ok(false);
-            }
-        };
+        let mut inner = self.door.inner.take().map_err(|error| {
+            error!("no connection to the HTTP server: {error}");
+            refusal(503, "the daemon has run out of resources; try again")
+        })?;
         let sent = inner.write_all(&request);
         drop(request);
         if sent.is_ok() && left > 0 {
             self.place.enter(Phase::Arriving, body_deadline)?;
-            let copied = io::copy(&mut (&mut self.stream).take(left as u64), &mut inner)?;
-            if copied < left as u64 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if io::copy(&mut (&mut self.stream).take(left), &mut inner)? < left {
+                return Err(End::Gone);
             }
             self.enter(Phase::UnderWay, ANSWER_TIME)?;
         }
         let mut answer = BufReader::with_capacity(4 * PIECE, &inner);
-        let text = match sent.and_then(|()| read_lines(&mut answer)) {
-            Ok(text) => text,
-            Err(error) => {
-                error!("the HTTP server gave no answer: {error}");
-                drop(inner);
-                self.door.inner.probe();
-                let sentence = "internal error; see the log of the daemon";
-                self.refuse(500, sentence, head.method == "HEAD")?;
-                return Ok(false);
-            }
-        };
+        let text = sent.and_then(|()| read_lines(&mut answer)).map_err(|error| {
+            error!("the HTTP server gave no answer: {error}");
+            self.door.inner.probe();
+            refusal(500, "internal error; see the log of the daemon")
+        })?;
         let in_time = Instant::now() < self.ends;
         let keep = head.keep_alive && in_time && self.place.is_kept() && self.is_current();
         let (mut piece, length) = outer_head(&text, head, keep);
-        let mut left = if head.method == "HEAD" { 0 } else { length };
-        let mut ready = answer.buffer();
-        loop {
-            let count = ready.len().min(left);
-            piece.extend_from_slice(&ready[..count]);
-            answer.consume(count);
-            left -= count;
-            if left == 0 {
-                break;
-            }
+        let length = if self.is_head { 0 } else { length };
+        let first = length.min(4 * PIECE as u64);
+        let mut copied = answer.by_ref().take(first).read_to_end(&mut piece)? as u64;
+        if length > first {
             self.stream.write_all(&piece)?;
             piece.clear();
-            ready = answer.fill_buf()?;
-            if ready.is_empty() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+            copied += io::copy(&mut answer.take(length - first), &mut self.stream)?;
         }
-        // Over the rest the client may take its time.
+        if copied < length {
+            return Err(End::Gone);
+        }
+        // Over the last of it the client may take its time.
         self.door.inner.give_back(inner);
         self.stream.write_all(&piece)?;
         self.stream.flush()?;
@@ -280,33 +267,37 @@ impl Connection<'_> {
     }
 
     /// Answers with an error and ends the connection; what else the client sends is thrown away.
-    fn refuse(&mut self, status: u16, sentence: &str, is_head: bool) -> io::Result<()> {
-        let body = error_body(sentence);
-        let reason = tiny_http::StatusCode(status).default_reason_phrase();
+    fn refuse(&mut self, Refusal { status, reason }: Refusal) -> io::Result<()> {
+        let body = error_body(reason);
+        let phrase = tiny_http::StatusCode(status).default_reason_phrase();
         let mut answer = format!(
-            "HTTP/1.1 {status} {reason}\r\nServer: vpn-daemon\r\n\
+            "HTTP/1.1 {status} {phrase}\r\nServer: vpn-daemon\r\n\
              Content-Type: application/json\r\nCache-Control: no-store\r\n\
              Content-Length: {}\r\nConnection: close\r\n\r\n",
             body.len()
         );
-        if !is_head {
+        if !self.is_head {
             answer.push_str(&body);
         }
         self.enter(Phase::UnderWay, FAREWELL_TIME)?;
         self.stream.write_all(answer.as_bytes())?;
         self.stream.flush()?;
-        self.leave()
+        self.leave();
+        Ok(())
     }
 
     /// Closes the connection once the client has read its answer, or at once where its place is
     /// lost.
-    fn leave(&mut self) -> io::Result<()> {
+    fn leave(&mut self) {
         match self.enter(Phase::Arriving, FAREWELL_TIME) {
             Ok(()) => self.stream.farewell(),
             Err(_) => self.stream.finish(),
         }
-        Ok(())
     }
+}
+
+fn refusal(status: u16, reason: &'static str) -> End {
+    End::Refused(Refusal { status, reason })
 }
 
 const FOREIGN_HOST: &str = "the header Host is neither localhost nor a loopback address: without \
@@ -314,16 +305,10 @@ const FOREIGN_HOST: &str = "the header Host is neither localhost nor a loopback 
 
 /// Whether the header `Host` names this host, or what `-allow-host` allows.
 fn is_own(host: &str, allowed: &[String]) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
-    };
-    let v6 = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
-    let loopback = match v6 {
-        Some(v6) => v6.parse().is_ok_and(|address: Ipv6Addr| address.is_loopback()),
-        None => name.parse().is_ok_and(|address: Ipv4Addr| address.is_loopback()),
-    };
-    loopback
+    let with_port = host.parse().map(|address: SocketAddr| address.ip());
+    let address = with_port.or_else(|_| host.trim_matches(['[', ']']).parse());
+    let name = host.split(':').next().unwrap_or_default();
+    address.is_ok_and(|address: IpAddr| address.is_loopback())
         || name.eq_ignore_ascii_case("localhost")
         || allowed.iter().any(|allowed| name.eq_ignore_ascii_case(allowed))
 }
@@ -425,7 +410,7 @@ impl Write for Stream<'_> {
 }
 
 /// The head of tiny_http's answer.
-fn read_lines(answer: &mut impl BufRead) -> io::Result<String> {
+pub(super) fn read_lines(answer: &mut impl BufRead) -> io::Result<String> {
     let mut text = String::new();
     while !text.ends_with("\r\n\r\n") {
         if answer.read_line(&mut text)? == 0 {
@@ -437,7 +422,7 @@ fn read_lines(answer: &mut impl BufRead) -> io::Result<String> {
 
 /// The head as the client gets it, and the length that it tells: 204 has none (RFC 9110, 8.6), and
 /// what becomes of the connection is said where the client would not expect it.
-fn outer_head(text: &str, head: &Head, keep: bool) -> (Vec<u8>, usize) {
+fn outer_head(text: &str, head: &Head, keep: bool) -> (Vec<u8>, u64) {
     let mut outer = String::with_capacity(1024);
     let mut length = 0;
     for line in text.trim_end().split("\r\n") {

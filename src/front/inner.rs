@@ -1,14 +1,15 @@
 //! The way from the front door to tiny_http: a private Unix socket and the connections to it.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::unistd::mkdtemp;
 
+use super::connection::read_lines;
 use crate::lock;
 
 /// No handler takes this long: a wait beyond it is a defect, not a slow backend.
@@ -19,6 +20,8 @@ const PROOF_TIME: Duration = Duration::from_secs(1);
 
 /// Connections kept for the next request once the rush is over.
 const KEPT: usize = 4;
+/// How long the others wait for one.
+const SPARE_TIME: Duration = Duration::from_secs(1);
 
 /// A directory of mode 0700 for the inner socket; removed when dropped, and the socket with it.
 pub(crate) struct InnerDirectory(PathBuf);
@@ -46,18 +49,11 @@ impl Drop for InnerDirectory {
 /// The inner socket and the connections to it that wait for a request.
 pub(crate) struct Inner {
     socket: PathBuf,
-    idle: Mutex<Idle>,
+    /// The last one that had a request is taken first.
+    idle: Mutex<Vec<(UnixStream, Instant)>>,
     /// Held while a new connection is proven.
     connecting: Mutex<()>,
     gone: Box<dyn Fn(&io::Error) + Send + Sync>,
-}
-
-#[derive(Default)]
-struct Idle {
-    streams: Vec<UnixStream>,
-    /// Fewest streams that were idle at one time since the last [`Inner::trim`]: nobody needed
-    /// these.
-    unused: usize,
 }
 
 impl Inner {
@@ -84,13 +80,7 @@ impl Inner {
 
     /// A connection without a request under way.
     pub(super) fn take(&self) -> io::Result<UnixStream> {
-        let idle = {
-            let mut idle = lock(&self.idle);
-            let stream = idle.streams.pop();
-            idle.unused = idle.unused.min(idle.streams.len());
-            stream
-        };
-        if let Some(stream) = idle {
+        if let Some((stream, _)) = lock(&self.idle).pop() {
             return Ok(stream);
         }
         // tiny_http counts a thread as free until it has woken up: of connections that come at
@@ -109,17 +99,7 @@ impl Inner {
         stream.set_read_timeout(Some(PROOF_TIME))?;
         stream.set_write_timeout(Some(PROOF_TIME))?;
         stream.write_all(b"HEAD / HTTP/1.1\r\nHost: inner\r\n\r\n")?;
-        let mut answer = Vec::new();
-        let mut piece = [0; 512];
-        while !answer.ends_with(b"\r\n\r\n") {
-            match stream.read(&mut piece)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => answer.extend_from_slice(&piece[..count]),
-            }
-            if answer.len() > 4 * piece.len() {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-        }
+        read_lines(&mut BufReader::new(&stream))?;
         Ok(stream)
     }
 
@@ -138,25 +118,21 @@ impl Inner {
 
     /// Takes back a connection whose answer has been read to its last byte.
     pub(super) fn give_back(&self, stream: UnixStream) {
-        lock(&self.idle).streams.push(stream);
+        lock(&self.idle).push((stream, Instant::now()));
     }
 
-    /// Closes all but a few of the connections that nobody has needed since the last call. Whether
-    /// only these few are left.
-    pub(super) fn trim(&self) -> bool {
+    /// Closes all but a few of the connections that nobody has needed for a while.
+    pub(super) fn trim(&self) {
         let mut idle = lock(&self.idle);
-        let kept = idle.streams.len() - idle.unused.saturating_sub(KEPT).min(idle.streams.len());
-        let surplus = idle.streams.split_off(kept);
-        idle.unused = kept;
-        drop(idle);
-        drop(surplus);
-        kept <= KEPT
+        let old = idle.iter().take_while(|(_, used)| used.elapsed() > SPARE_TIME).count();
+        idle.drain(..old.saturating_sub(KEPT));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -182,15 +158,17 @@ mod tests {
             }
         };
         std::thread::spawn(serve);
-        let streams: Vec<_> = (0..20).map(|_| inner.take().unwrap()).collect();
-        streams.into_iter().for_each(|stream| inner.give_back(stream));
+        let take = |count| (0..count).map(|_| inner.take().unwrap()).collect::<Vec<_>>();
+        take(20).into_iter().for_each(|stream| inner.give_back(stream));
         inner.trim();
-        assert_eq!(lock(&inner.idle).streams.len(), 20, "all were needed a moment ago");
-        let needed: Vec<_> = (0..10).map(|_| inner.take().unwrap()).collect();
-        needed.into_iter().for_each(|stream| inner.give_back(stream));
+        assert_eq!(lock(&inner.idle).len(), 20, "all were needed a moment ago");
+        let held = take(6);
+        std::thread::sleep(SPARE_TIME);
+        held.into_iter().for_each(|stream| inner.give_back(stream));
         inner.trim();
-        assert_eq!(lock(&inner.idle).streams.len(), 10 + KEPT);
+        assert_eq!(lock(&inner.idle).len(), KEPT + 6);
+        std::thread::sleep(SPARE_TIME);
         inner.trim();
-        assert_eq!(lock(&inner.idle).streams.len(), KEPT);
+        assert_eq!(lock(&inner.idle).len(), KEPT);
     }
 }

@@ -90,25 +90,9 @@ struct Door {
     inner: Inner,
     tls: Option<Arc<Tls>>,
     allow_hosts: Vec<String>,
-    accepting: Beat,
-    watching: Beat,
-}
-
-/// When a thread came round last.
-struct Beat(Mutex<Instant>);
-
-impl Beat {
-    fn new() -> Self {
-        Self(Mutex::new(Instant::now()))
-    }
-
-    fn strike(&self) {
-        *lock(&self.0) = Instant::now();
-    }
-
-    fn is_dead(&self, now: Instant) -> bool {
-        now.saturating_duration_since(*lock(&self.0)) > DEAD_TIME
-    }
+    /// When the two threads came round last.
+    accepting: Mutex<Instant>,
+    watching: Mutex<Instant>,
 }
 
 impl FrontDoor {
@@ -135,7 +119,7 @@ impl FrontDoor {
         let (files, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let over_limit = usize::try_from(files / 8).unwrap_or(OVER_LIMIT).min(OVER_LIMIT);
         let table = Table::new(limit, over_limit);
-        let (accepting, watching) = (Beat::new(), Beat::new());
+        let (accepting, watching) = (Mutex::new(Instant::now()), Mutex::new(Instant::now()));
         let door = Arc::new(Door { table, inner, tls, allow_hosts, accepting, watching });
         let watched = Arc::clone(&door);
         let builder = |name: &str| thread::Builder::new().name(name.to_owned()).stack_size(STACK);
@@ -157,7 +141,7 @@ impl FrontDoor {
         let door = Arc::clone(&self.door);
         move |now| {
             for (beat, what) in [(&door.accepting, "accepts"), (&door.watching, "closes late")] {
-                if beat.is_dead(now) {
+                if now.saturating_duration_since(*lock(beat)) > DEAD_TIME {
                     let sentence = format!("the thread that {what} connections is dead");
                     return Err(io::Error::other(sentence));
                 }
@@ -180,7 +164,7 @@ impl Door {
     fn watch(&self) -> ! {
         loop {
             thread::sleep(TICK);
-            self.watching.strike();
+            *lock(&self.watching) = Instant::now();
             self.table.close_late(Instant::now());
             self.inner.trim();
         }
@@ -190,7 +174,7 @@ impl Door {
         let door = Arc::clone(self);
         let threads = Threads::new("connection", move |visitor| connection::serve(&door, &visitor));
         loop {
-            self.accepting.strike();
+            *lock(&self.accepting) = Instant::now();
             let mut ready = [
                 PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
                 PollFd::new(listener.as_fd(), PollFlags::POLLIN),

@@ -269,7 +269,7 @@ fn without_descriptors_the_waiting_make_room() {
     site.serves();
     let idle: Vec<_> = (0..8).map(|_| hold_open(&site, Mood::Idle)).collect();
     // The inner connections that nobody needs have been closed after this.
-    thread::sleep(Duration::from_secs(1));
+    thread::sleep(Duration::from_secs(2));
     let limit = format!("--nofile={0}:{0}", site.daemon.open_files());
     let pid = site.daemon.pid().to_string();
     let status = std::process::Command::new("prlimit").args(["--pid", &pid, &limit]).status();
