@@ -6,6 +6,7 @@
 //! OpenVPN throws away what it has not sent yet when it reads more. Lines that begin with `>`
 //! are news and may stand anywhere. There is no need to say good-bye.
 
+use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
@@ -93,7 +94,7 @@ pub(crate) fn probe(socket: &Path, deadline: Instant) -> io::Result<String> {
 
 struct Conversation {
     stream: BufReader<Stream>,
-    /// The beginning of a line whose end has not come yet.
+    /// The last line, or the beginning of one whose end has not come yet.
     line: Vec<u8>,
     received: usize,
     /// What stands behind `>INFO:` in the first such line.
@@ -138,59 +139,63 @@ impl Conversation {
         Ok(conversation)
     }
 
-    /// Sends a command. The first line of its reply.
-    fn ask(&mut self, command: &str) -> io::Result<String> {
+    fn send(&mut self, command: &str) -> io::Result<()> {
         let written = self.stream.get_mut().write_all(format!("{command}\n").as_bytes());
-        written.map_err(|error| self.explained(error))?;
-        self.next_reply()
+        written.map_err(|error| self.explained(error))
+    }
+
+    /// The first line of the reply to a command.
+    fn ask(&mut self, command: &str) -> io::Result<Cow<'_, str>> {
+        self.send(command)?;
+        self.next_line()
     }
 
     /// All clients that have a name.
     fn status(&mut self) -> io::Result<Vec<Client>> {
-        let (mut report, mut line) = (Report::default(), self.ask("status 3")?);
+        let mut report = Report::default();
+        self.send("status 3")?;
         loop {
+            let line = self.next_line()?;
             if line.starts_with("ERROR:") {
                 return Err(unexpected(&line));
             }
             if report.line(&line).map_err(not_understood)? {
                 return Ok(report.clients);
             }
-            line = self.next_reply()?;
         }
     }
 
-    fn next_reply(&mut self) -> io::Result<String> {
+    /// The next line without its end; no news once greeted. After a time-out it may be called again.
+    /// U+FFFD stands for what is not UTF-8.
+    fn next_line(&mut self) -> io::Result<Cow<'_, str>> {
+        let greeted = self.greeting.is_some();
         loop {
-            let line = self.next_line()?;
-            if !line.starts_with('>') {
-                return Ok(line);
+            if self.line.ends_with(b"\n") {
+                self.line.clear();
+            }
+            let begun = self.line.len();
+            let room = (MAX_LINE + 1).saturating_sub(begun) as u64;
+            let read = self.stream.by_ref().take(room).read_until(b'\n', &mut self.line);
+            self.received += self.line.len() - begun;
+            // This comes in place of the greeting, without a line end.
+            if !greeted && self.line.starts_with(b"ENTER PASSWORD:") {
+                return Err(io::Error::other(
+                    "asked for a password; remove the password file from the `management` line of \
+                     its OpenVPN configuration",
+                ));
+            }
+            read.map_err(|error| self.explained(error))?;
+            within("a line", self.line.len(), MAX_LINE)?;
+            within("a reply", self.received, MAX_RECEIVED)?;
+            if !self.line.ends_with(b"\n") {
+                return Err(self.explained(ErrorKind::UnexpectedEof.into()));
+            }
+            if !(greeted && self.line.starts_with(b">")) {
+                break;
             }
         }
-    }
-
-    /// The next line without its end; after a time-out it may be called again. U+FFFD stands for
-    /// what is not UTF-8.
-    fn next_line(&mut self) -> io::Result<String> {
-        let begun = self.line.len();
-        let room = (MAX_LINE + 1).saturating_sub(begun) as u64;
-        let read = self.stream.by_ref().take(room).read_until(b'\n', &mut self.line);
-        self.received += self.line.len() - begun;
-        // This comes in place of the greeting, without a line end.
-        if self.greeting.is_none() && self.line.starts_with(b"ENTER PASSWORD:") {
-            return Err(io::Error::other(
-                "asked for a password; remove the password file from the `management` line of its \
-                 OpenVPN configuration",
-            ));
-        }
-        read.map_err(|error| self.explained(error))?;
-        within("a line", self.line.len(), MAX_LINE)?;
-        within("a reply", self.received, MAX_RECEIVED)?;
-        if self.line.pop_if(|last| *last == b'\n').is_none() {
-            return Err(self.explained(ErrorKind::UnexpectedEof.into()));
-        }
-        let line = std::mem::take(&mut self.line);
-        let line = line.strip_suffix(b"\r").unwrap_or(&line);
-        Ok(String::from_utf8_lossy(line).into_owned())
+        let line = self.line.strip_suffix(b"\n").unwrap_or(&self.line);
+        Ok(String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(line)))
     }
 
     fn explained(&self, error: io::Error) -> io::Error {
