@@ -1,6 +1,5 @@
 //! The node daemon of a VPN service; [`run`] is the whole program.
 
-#[allow(dead_code)] // the backends move onto it one by one
 mod agent;
 mod api;
 mod check;
@@ -8,7 +7,7 @@ pub mod cli;
 pub mod front;
 mod logging;
 mod node;
-pub mod openvpn;
+mod openvpn;
 mod rfc3339;
 mod routes;
 mod server;

@@ -83,7 +83,7 @@ pub(crate) struct SocketFailure {
 }
 
 /// All OpenVPN processes whose management sockets lie in one directory.
-pub struct OpenVpn {
+pub(crate) struct OpenVpn {
     directory: PathBuf,
     agents: Mutex<HashMap<PathBuf, Arc<SocketAgent>>>,
 }
@@ -94,7 +94,7 @@ type SocketAgent = Agent<Option<Arc<Vec<Client>>>>;
 impl OpenVpn {
     /// `directory` holds the management sockets, e.g. `/run/openvpn-server`. It is read at
     /// every call: processes may come and go.
-    pub fn new(directory: PathBuf) -> Self {
+    pub(crate) fn new(directory: PathBuf) -> Self {
         Self { directory, agents: Mutex::default() }
     }
 
