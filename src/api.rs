@@ -85,8 +85,8 @@ pub(crate) struct ConnectionList<'a> {
 #[derive(Serialize)]
 struct Connection<'a> {
     common_name: &'a str,
-    ip_four: String,
-    ip_six: String,
+    ip_four: &'a str,
+    ip_six: &'a str,
 }
 
 /// An OpenVPN process that could not be asked.
@@ -100,8 +100,8 @@ impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
     fn from(listing: &'a openvpn::Listing) -> Self {
         let connections = listing.clients().map(|client| Connection {
             common_name: &client.common_name,
-            ip_four: client.ipv4.map(|ip| ip.to_string()).unwrap_or_default(),
-            ip_six: client.ipv6.map(|ip| ip.to_string()).unwrap_or_default(),
+            ip_four: &client.ipv4,
+            ip_six: &client.ipv6,
         });
         let failed = listing
             .failed
@@ -279,11 +279,7 @@ mod tests {
             format!(r#"{{"added":["a"],"updated":[],"removed":[{unseen}],"unchanged":3}}"#)
         );
 
-        let client = Connection {
-            common_name: "\"é\"",
-            ip_four: "10.66.21.4".to_owned(),
-            ip_six: String::new(),
-        };
+        let client = Connection { common_name: "\"é\"", ip_four: "10.66.21.4", ip_six: "" };
         let mut list = ConnectionList { connection_list: vec![client], failed: vec![] };
         let clients =
             r#""connection_list":[{"common_name":"\"é\"","ip_four":"10.66.21.4","ip_six":""}]"#;

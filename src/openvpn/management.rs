@@ -44,7 +44,7 @@ pub(super) fn list(socket: &Path, deadline: Instant) -> io::Result<Vec<Client>> 
     let mut conversation = Conversation::open(socket, deadline)?;
     let mut clients = conversation.status()?;
     conversation.close();
-    clients.retain(|client| client.ipv4.is_some() || client.ipv6.is_some());
+    clients.retain(|client| !(client.ipv4.is_empty() && client.ipv6.is_empty()));
     Ok(clients)
 }
 
@@ -195,7 +195,9 @@ impl Conversation {
             }
         }
         let line = self.line.strip_suffix(b"\n").unwrap_or(&self.line);
-        Ok(String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(line)))
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        // `from_utf8_lossy` alone looks at each byte.
+        Ok(str::from_utf8(line).map_or_else(|_| String::from_utf8_lossy(line), Cow::Borrowed))
     }
 
     fn explained(&self, error: io::Error) -> io::Error {

@@ -9,7 +9,6 @@ mod status;
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -40,9 +39,10 @@ pub(crate) struct Client {
     /// Name on its certificate (or user name), as OpenVPN reports it; U+FFFD stands for what
     /// is not UTF-8.
     pub(crate) common_name: String,
-    /// Its addresses inside the VPN; in a list it has at least one.
-    pub(crate) ipv4: Option<Ipv4Addr>,
-    pub(crate) ipv6: Option<Ipv6Addr>,
+    /// Its addresses inside the VPN, as OpenVPN writes them; empty if it has none. In a list it has at
+    /// least one.
+    pub(crate) ipv4: String,
+    pub(crate) ipv6: String,
     /// What `client-kill` takes; never used twice by one process. OpenVPN has it since 2.4.
     id: Option<u64>,
 }

@@ -3,6 +3,7 @@
 //! Format: `multi_print_status` in OpenVPN's `multi.c`. Fields are separated by tabs, and
 //! versions differ in their columns, so columns are found by the row that names them.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use super::Client;
@@ -68,17 +69,21 @@ impl Columns {
         let common_name = field(self.common_name)?;
         let client = Client {
             common_name: common_name.to_owned(),
-            ipv4: parsed(field(self.ipv4)?, "a client whose address is none")?,
-            ipv6: parsed(or_empty(self.ipv6)?, "a client whose address is none")?,
-            id: parsed(or_empty(self.id)?, "a client whose id is no number")?,
+            ipv4: field(self.ipv4)?.to_owned(),
+            ipv6: or_empty(self.ipv6)?.to_owned(),
+            id: parsed(or_empty(self.id)?).map_err(|_| "a client whose id is no number")?,
         };
+        let addresses = (parsed::<Ipv4Addr>(&client.ipv4), parsed::<Ipv6Addr>(&client.ipv6));
+        if addresses.0.is_err() || addresses.1.is_err() {
+            return Err("a client whose address is none");
+        }
         Ok((!common_name.is_empty() && common_name != NO_NAME).then_some(client))
     }
 }
 
 /// `None` if empty.
-fn parsed<T: FromStr>(field: &str, fault: &'static str) -> Result<Option<T>, &'static str> {
-    if field.is_empty() { Ok(None) } else { field.parse().map(Some).map_err(|_| fault) }
+fn parsed<T: FromStr>(field: &str) -> Result<Option<T>, T::Err> {
+    if field.is_empty() { Ok(None) } else { field.parse().map(Some) }
 }
 
 #[cfg(test)]
@@ -105,8 +110,8 @@ mod tests {
     }
 
     fn row(common_name: &str, ipv4: &str, ipv6: &str, id: Option<u64>) -> Vec<Client> {
-        let (ipv4, ipv6) = (ipv4.parse().ok(), ipv6.parse().ok());
-        vec![Client { common_name: common_name.to_owned(), ipv4, ipv6, id }]
+        let [common_name, ipv4, ipv6] = [common_name, ipv4, ipv6].map(str::to_owned);
+        vec![Client { common_name, ipv4, ipv6, id }]
     }
 
     #[test]
