@@ -207,21 +207,18 @@ fn permissions() {
     let daemon = Daemon::start_as(nobody, &["-openvpn-dir", path], |command| {
         command.env("RUNTIME_DIRECTORY", inner.path());
     });
-    let unreadable = format!(
-        "OpenVPN directory {path} cannot be read: permission denied; run the daemon in the \
-         directory's group, and give that group the right to read and enter it (mode 0750)"
-    );
-    let closed = format!(
-        "OpenVPN management socket {path}/ok.sock may not be used by the daemon: permission \
-         denied; run the daemon in the group of the directory, and give that group the right to \
-         enter it (mode 0750)"
-    );
-    for (mode, error) in [(0o751, Some(unreadable)), (0o754, Some(closed)), (0o755, None)] {
+    let unreadable = "cannot be read: permission denied; run the daemon in the directory's group, \
+                      and give that group the right to read and enter it (mode 0750)";
+    let closed = "/ok.sock may not be used by the daemon: permission denied; run the daemon in the \
+                  group of the directory, and give that group the right to enter it (mode 0750)";
+    for (mode, error) in [(0o751, unreadable), (0o754, closed)] {
         set_mode(directory.path(), mode);
         let answer = daemon.get("/o/connection_list");
-        assert_eq!(answer.status, if error.is_some() { 502 } else { 200 }, "{answer:?}");
-        assert_eq!(answer.json()["error"].as_str(), error.as_deref());
+        assert_eq!(answer.status, 502, "{answer:?}");
+        assert!(answer.error().contains(path) && answer.error().ends_with(error), "{answer:?}");
     }
+    set_mode(directory.path(), 0o755);
+    assert_eq!(list(&daemon), (3, vec![]));
 }
 
 /// The reserve of descriptors is what 1,024 sockets at their worst take: connected, and knocked at.
@@ -298,25 +295,9 @@ fn a_backlog_that_empties_is_used() {
 #[test]
 fn disconnects_every_client_of_that_name() {
     let (long, fits) = ("€".repeat(64), "é".repeat(63));
-    let names = [
-        "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=",
-        "plain",
-        "a, b",
-        "  spaces  ",
-        "say \"hi\"",
-        "back\\slash\\",
-        "\\\"",
-        "'single'",
-        "# not a comment",
-        "Zoë 🐈",
-        "END",
-        "10.0.0.1:1194",
-        "tcp:10.0.0.1:1194",
-        ":",
-        &long,
-        &fits,
-        "lossy\u{fffd}",
-    ];
+    let names = "YrAoH/x5dIyS2EiWOtRldUTg2WV9q9zV5evkaNkLN0E=|plain|a, b|  spaces  |say \"hi\"|\
+        back\\slash\\|\\\"|'single'|# not a comment|Zoë 🐈|END|10.0.0.1:1194|tcp:10.0.0.1:1194|:";
+    let names: Vec<_> = names.split('|').chain([&*long, &fits, "lossy\u{fffd}"]).collect();
     let directory = Directory::new();
     let others = ["plain", "10.0.0.1:1194", "UNDEF", "bystander"];
     let mut all: Vec<_> = names
