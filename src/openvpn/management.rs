@@ -107,7 +107,7 @@ impl Conversation {
     fn open(socket: &Path, deadline: Instant) -> io::Result<Self> {
         let stream = Stream::connect(socket, deadline).map_err(refused)?;
         let mut conversation = Self {
-            stream: BufReader::with_capacity(32 * 1024, stream),
+            stream: BufReader::new(stream),
             line: Vec::new(),
             received: 0,
             greeting: None,
