@@ -233,12 +233,16 @@ fn a_thousand_that_hang_and_several_callers_leave_the_others_their_lists() {
     let start = |number| directory.join(&format!("a{number}"));
     let start = |number| FakeOpenVpn::start(start(number), Mood::Slow(300), clients(64));
     let processes: Vec<_> = (0..healthy).map(start).collect();
-    // A hard limit that is not one too many: 16 connections and the reserve.
-    let mut limited = Command::new("prlimit");
-    limited.args(["--nofile=256:2272", env!("CARGO_BIN_EXE_vpn-daemon")]);
-    let path = directory.path().to_str().unwrap();
-    let arguments = ["-max-connections", "16", "-openvpn-dir", path];
-    let daemon = Daemon::start_as(limited, &arguments, |_| {});
+    let start = |limit: &str| {
+        let mut limited = Command::new("prlimit");
+        limited.args([&format!("--nofile={limit}"), env!("CARGO_BIN_EXE_vpn-daemon")]);
+        let path = directory.path().to_str().unwrap();
+        Daemon::start_as(limited, &["-max-connections", "16", "-openvpn-dir", path], |_| {})
+    };
+    // A hard limit that is not one too many.
+    let line = start("256:256").wait_for_log("are needed");
+    let needed = line.split(" are needed").next().unwrap().rsplit(' ').next().unwrap();
+    let daemon = start(&format!("256:{needed}"));
     thread::scope(|scope| {
         for _ in 0..12 {
             scope.spawn(|| {
