@@ -1,11 +1,8 @@
 //! The wire: JSON under the portal's names, and why a call failed.
 
-use std::fmt::{self, Display};
-use std::marker::PhantomData;
+use std::fmt::Display;
 use std::str::FromStr;
 
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::agent::{Failure, FailureKind};
@@ -143,12 +140,14 @@ impl From<Failure> for Error {
 
 /// The body of `POST /w/sync_peers`.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with `peer_list`")]
 struct SyncBody {
-    peer_list: Vec<Object<ListedPeer>>,
+    peer_list: Vec<ListedPeer>,
 }
 
 /// Other fields are ignored: the peer list can be sent back as it is.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with `public_key` and `ip_net`")]
 struct ListedPeer {
     public_key: Key,
     ip_net: Vec<IpNet>,
@@ -176,34 +175,20 @@ impl TryFrom<String> for IpNet {
     }
 }
 
-/// A JSON object. By itself a derive takes a list of the fields' values as well, and `[[]]` is not to
-/// remove every peer.
-struct Object<T>(T);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Map<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Map<T> {
-            type Value = T;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-                T::deserialize(MapAccessDeserializer::new(map))
-            }
-        }
-        from.deserialize_map(Map(PhantomData)).map(Self)
-    }
-}
-
 /// Reads the whole list; 400 where it is not what the call takes.
 pub(crate) fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
-    let Object(SyncBody { peer_list }) = serde_json::from_slice(body).map_err(|error| {
+    let bad = |why: String| {
         // What is wrong may be as long as the body.
-        let shown: String = error.to_string().chars().take(300).collect();
+        let shown: String = why.chars().take(300).collect();
         Error::new(400, format!("the body is not as the call takes it: {shown}"))
-    })?;
-    let peers = peer_list.into_iter().map(|Object(ListedPeer { public_key, ip_net })| WantedPeer {
+    };
+    // A derive takes a list of the fields' values as well: `[[]]` is not to remove every peer.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(bad("a list, expected an object with `peer_list`".to_owned()));
+    }
+    let SyncBody { peer_list } =
+        serde_json::from_slice(body).map_err(|error| bad(error.to_string()))?;
+    let peers = peer_list.into_iter().map(|ListedPeer { public_key, ip_net }| WantedPeer {
         public_key: public_key.0,
         allowed_ips: ip_net.into_iter().map(|IpNet(allowed_ip)| allowed_ip).collect(),
     });
@@ -332,13 +317,12 @@ mod tests {
             (String::new(), "EOF while parsing"),
             ("{".into(), "EOF while parsing"),
             ("{}".into(), "missing field `peer_list`"),
-            ("[]".into(), "expected an object"),
-            ("[[]]".into(), "expected an object"),
+            ("[]".into(), "expected an object with `peer_list`"),
+            ("[[]]".into(), "expected an object with `peer_list`"),
             (r#"{"peer_list":null}"#.into(), "expected a sequence"),
             (r#"{"peer_list":[],"peer_list":[]}"#.into(), "duplicate field `peer_list`"),
             (r#"{"peer_list":[]}{"#.into(), "trailing characters"),
-            (r#"{"peer_list":[1]}"#.into(), "expected an object"),
-            (format!(r#"{{"peer_list":[["{KEY}",[]]]}}"#), "expected an object"),
+            (r#"{"peer_list":[1]}"#.into(), "1`, expected an object with `public_key`"),
             (r#"{"peer_list":[],}"#.into(), "trailing comma"),
             (r#"{"peer_list":[{"ip_net":[]}]}"#.into(), "missing field `public_key`"),
             (format!(r#"{{"peer_list":[{{"public_key":"{KEY}"}}]}}"#), "missing field `ip_net`"),

@@ -190,7 +190,7 @@ fn checked<T>(flag: &str, parser: &mut lexopt::Parser) -> Result<T, lexopt::Erro
 where
     T: FromStr<Err: fmt::Display>,
 {
-    let value = parser.value()?.string()?;
+    let value = parser.value()?.into_string().map_err(|_| format!("-{flag}: is not UTF-8"))?;
     value.parse().map_err(|error| format!("-{flag} {value}: {error}").into())
 }
 

@@ -84,14 +84,17 @@ fn daemon(options: Options) -> ExitCode {
 /// The C library keeps the memory that long lists took, 64 MiB and more of it for each thread, unless it
 /// is told otherwise when the process starts. The unit does.
 fn start_over() {
-    const VARIABLE: &str = "GLIBC_TUNABLES";
-    const TUNABLES: &str = "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0";
-    if std::env::var_os(VARIABLE).is_none()
+    const TUNABLES: &str = "GLIBC_TUNABLES";
+    // The dynamic linker takes the other away from a program with capabilities of its own.
+    const AGAIN: &str = "VPN_DAEMON_AGAIN";
+    if [TUNABLES, AGAIN].iter().all(|name| std::env::var_os(name).is_none())
         && let Ok(program) = std::env::current_exe()
     {
         let mut again = process::Command::new(program);
+        again.args(std::env::args_os().skip(1)).env(AGAIN, "yes");
+        again.env(TUNABLES, "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0");
         // It comes back only where it fails, and then it is this process that goes on.
-        let _ = again.args(std::env::args_os().skip(1)).env(VARIABLE, TUNABLES).exec();
+        let _ = again.exec();
     }
 }
 

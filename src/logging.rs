@@ -118,9 +118,8 @@ impl Queue {
 /// Warns at most once a second for each `kind`. The next line of that kind says how many were left
 /// out.
 pub(crate) fn warn_seldom(kind: &str, text: impl Display) {
-    static THROTTLE: Mutex<Throttle> = Mutex::new(Throttle(BTreeMap::new()));
-    let left_out = lock(&THROTTLE).admit(kind, Instant::now());
-    match left_out {
+    static LOGGED: Mutex<Logged> = Mutex::new(Logged::new());
+    match admit(&mut lock(&LOGGED), kind, Instant::now()) {
         None => {}
         Some(0) => warn!("{text}"),
         Some(more) => warn!("{text} ({more} more like it were left out)"),
@@ -128,25 +127,23 @@ pub(crate) fn warn_seldom(kind: &str, text: impl Display) {
 }
 
 /// When each kind of warning was logged last, and how many were left out since.
-struct Throttle(BTreeMap<String, (Instant, u64)>);
+type Logged = BTreeMap<String, (Instant, u64)>;
 
-impl Throttle {
-    /// `None`: not now. Otherwise, how many were left out since the last one.
-    fn admit(&mut self, kind: &str, now: Instant) -> Option<u64> {
-        let is_recent = |logged: &Instant| now.saturating_duration_since(*logged) < QUIET;
-        match self.0.get_mut(kind) {
-            Some((logged, left_out)) if is_recent(logged) => {
-                *left_out += 1;
-                None
+/// `None`: not now. Otherwise, how many were left out since the last one.
+fn admit(kinds: &mut Logged, kind: &str, now: Instant) -> Option<u64> {
+    let is_recent = |logged: &Instant| now.saturating_duration_since(*logged) < QUIET;
+    match kinds.get_mut(kind) {
+        Some((logged, left_out)) if is_recent(logged) => {
+            *left_out += 1;
+            None
+        }
+        Some(known) => Some(std::mem::replace(known, (now, 0)).1),
+        None => {
+            if kinds.len() >= MAX_KINDS {
+                kinds.retain(|_, (logged, _)| is_recent(logged));
             }
-            Some(known) => Some(std::mem::replace(known, (now, 0)).1),
-            None => {
-                if self.0.len() >= MAX_KINDS {
-                    self.0.retain(|_, (logged, _)| is_recent(logged));
-                }
-                let has_room = self.0.len() < MAX_KINDS;
-                has_room.then(|| self.0.insert(kind.to_owned(), (now, 0)).map_or(0, |old| old.1))
-            }
+            let has_room = kinds.len() < MAX_KINDS;
+            has_room.then(|| kinds.insert(kind.to_owned(), (now, 0)).map_or(0, |old| old.1))
         }
     }
 }
@@ -234,17 +231,17 @@ mod tests {
 
     #[test]
     fn the_same_warning_comes_once_a_second() {
-        let (mut throttle, now) = (Throttle(BTreeMap::new()), Instant::now());
+        let (mut throttle, now) = (Logged::new(), Instant::now());
         let later = now + QUIET;
-        let admitted = [now, now, now, later, later].map(|at| throttle.admit("a", at));
+        let admitted = [now, now, now, later, later].map(|at| admit(&mut throttle, "a", at));
         assert_eq!(admitted, [Some(0), None, None, Some(2), None]);
-        assert_eq!(throttle.admit("b", now), Some(0));
+        assert_eq!(admit(&mut throttle, "b", now), Some(0));
         for number in 0..10 * MAX_KINDS {
-            throttle.admit(&number.to_string(), later);
+            admit(&mut throttle, &number.to_string(), later);
         }
-        assert_eq!(throttle.0.len(), MAX_KINDS);
-        assert_eq!(throttle.admit("new", later), None);
-        assert_eq!(throttle.admit("new", later + QUIET), Some(0));
+        assert_eq!(throttle.len(), MAX_KINDS);
+        assert_eq!(admit(&mut throttle, "new", later), None);
+        assert_eq!(admit(&mut throttle, "new", later + QUIET), Some(0));
     }
 
     #[test]

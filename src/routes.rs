@@ -15,7 +15,7 @@ use crate::api::{self, Error};
 use crate::logging::{AUDIT, warn_seldom};
 use crate::node;
 use crate::openvpn::{CommonName, OpenVpn};
-use crate::wireguard::{self, AllowedIp, PublicKey, WantedPeer, WireGuard};
+use crate::wireguard::{self, AllowedIp, PublicKey, WireGuard};
 
 /// What the backends of one request may take in all: the client waits for 4 s.
 const BACKEND_BUDGET: Duration = Duration::from_millis(2500);
@@ -44,6 +44,8 @@ pub(crate) struct Request {
     /// Path and query as sent.
     pub(crate) target: String,
     pub(crate) content_type: Option<String>,
+    /// Bytes of the body; one that is cut short ends early.
+    pub(crate) body_length: usize,
     /// Why it is to be answered with 403, if it is.
     pub(crate) forbidden: Option<String>,
     /// Who asks, for the log.
@@ -187,7 +189,7 @@ fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Ans
     require_type(request, JSON)?;
     let dry_run = request.query().yes_or_no("dry_run")?;
     let mut room = Room { all: &node.lists, taken: 0 };
-    let wanted = read_list(body, &mut room)?;
+    let wanted = api::read_wanted(&read_list(request, body, &mut room)?)?;
     let synced = node.wireguard.sync_peers(wanted, dry_run, &request.caller, deadline())?;
     let removed: Vec<_> = synced.removed.iter().collect();
     json(&api::Synced {
@@ -204,13 +206,6 @@ struct Room<'a> {
     taken: usize,
 }
 
-impl Room<'_> {
-    fn take(&mut self, bytes: usize) -> bool {
-        self.taken += bytes;
-        self.all.fetch_add(bytes, Ordering::Relaxed) + bytes <= MAX_LISTS
-    }
-}
-
 impl Drop for Room<'_> {
     fn drop(&mut self) {
         self.all.fetch_sub(self.taken, Ordering::Relaxed);
@@ -218,17 +213,18 @@ impl Drop for Room<'_> {
 }
 
 /// Reads a peer list; 503 where others take all the room there is.
-fn read_list(body: &mut dyn Read, room: &mut Room) -> Result<Vec<WantedPeer>, Error> {
+fn read_list(request: &Request, body: &mut dyn Read, room: &mut Room) -> Result<Vec<u8>, Error> {
     let (mut text, mut piece) = (Vec::new(), vec![0; 64 * 1024]);
     loop {
-        match body.read(&mut piece).map_err(unreadable)? {
-            0 => return api::read_wanted(&text),
-            count if room.take(count) => text.extend_from_slice(&piece[..count]),
-            _ => {
-                let sentence = "too many peer lists are being read at a time; try again";
-                return Err(Error::new(503, sentence));
-            }
+        let count = body.read(&mut piece).map_err(unreadable)?;
+        if count == 0 {
+            return whole(request, text);
         }
+        room.taken += count;
+        if room.all.fetch_add(count, Ordering::Relaxed) + count > MAX_LISTS {
+            return Err(Error::new(503, "too many peer lists are being read; try again"));
+        }
+        text.extend_from_slice(&piece[..count]);
     }
 }
 
@@ -280,7 +276,14 @@ fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error
     require_type(request, FORM)?;
     let mut bytes = Vec::new();
     body.read_to_end(&mut bytes).map_err(unreadable)?;
-    Ok(Parameters::parse(&bytes))
+    Ok(Parameters::parse(&whole(request, bytes)?))
+}
+
+fn whole(request: &Request, body: Vec<u8>) -> Result<Vec<u8>, Error> {
+    match body.len() < request.body_length {
+        true => Err(unreadable(io::ErrorKind::UnexpectedEof.into())),
+        false => Ok(body),
+    }
 }
 
 fn unreadable(error: io::Error) -> Error {

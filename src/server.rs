@@ -81,6 +81,7 @@ fn view(http: &Request) -> routes::Request {
         method: http.method().to_string(),
         target: http.url().to_owned(),
         content_type: header("Content-Type"),
+        body_length: http.body_length().unwrap_or(0),
         forbidden: header(head::FORBIDDEN),
         caller: match header(head::CLIENT_NAME) {
             Some(name) if !name.is_empty() => format!("{name:?} at {address}"),
@@ -96,10 +97,9 @@ fn refuse(mut http: Request) {
 }
 
 fn respond(mut http: Request, request: &routes::Request, node: &Node) {
-    let left = http.body_length().unwrap_or(0);
-    let mut body = Body { reader: http.as_reader(), left };
-    let answer = catch_unwind(AssertUnwindSafe(|| routes::answer(node, request, &mut body)));
-    pass_over(&mut body);
+    let answer = AssertUnwindSafe(|| routes::answer(node, request, http.as_reader()));
+    let answer = catch_unwind(answer);
+    pass_over(http.as_reader());
     let sentence = "internal error; see the log of the daemon";
     send(http, answer.unwrap_or_else(|_| Error::new(500, sentence).into()));
 }
@@ -108,23 +108,6 @@ fn respond(mut http: Request, request: &routes::Request, node: &Node) {
 fn pass_over(body: &mut dyn Read) {
     // An error means that the client has gone.
     let _ = io::copy(body, &mut io::sink());
-}
-
-/// The body of a request. To tiny_http a body that is cut short looks complete.
-struct Body<'a> {
-    reader: &'a mut dyn Read,
-    left: usize,
-}
-
-impl Read for Body<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.reader.read(buffer)?;
-        if count == 0 && self.left > 0 && !buffer.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.left = self.left.saturating_sub(count);
-        Ok(count)
-    }
 }
 
 fn send(http: Request, answer: Answer) {
