@@ -152,18 +152,13 @@ fn request(kind: u16, flags: u16, command: u8, (attribute, text): (u16, &str)) -
 
 /// The number of the family from the controller's answer.
 fn parse_family(datagram: &[u8]) -> Result<u16, Errno> {
-    for message in messages(datagram) {
-        let (kind, _, body) = message?;
-        if kind == NLMSG_ERROR {
-            check_status(body)?;
-        }
-        for attribute in attributes(body.get(4..).ok_or(MALFORMED)?) {
-            if let (CTRL_ATTR_FAMILY_ID, id) = attribute? {
-                return array(id).map(u16::from_ne_bytes);
-            }
-        }
+    let (kind, _, body) = messages(datagram).next().ok_or(MALFORMED)??;
+    if kind == NLMSG_ERROR {
+        check_status(body)?;
     }
-    Err(MALFORMED)
+    let mut attributes = attributes(body.get(4..).ok_or(MALFORMED)?).flatten();
+    let id = attributes.find(|(attribute, _)| *attribute == CTRL_ATTR_FAMILY_ID);
+    array(id.ok_or(MALFORMED)?.1).map(u16::from_ne_bytes)
 }
 
 /// What the pages say so far.

@@ -79,21 +79,13 @@ impl WireGuard {
         asked_by: &str,
         deadline: Instant,
     ) -> Result<(), Failure> {
-        self.change(
-            deadline,
-            asked_by,
-            format!("adding peer {key}"),
-            move |backend, name, asked_by| {
-                backend.add(key, &allowed_ips)?;
-                let texts: Vec<_> = allowed_ips.iter().map(ToString::to_string).collect();
-                let texts = texts.join(", ");
-                info!(
-                    target: AUDIT,
-                    "peer {key} on {name}: set to allowed IPs {texts}, asked by {asked_by}"
-                );
-                Ok(())
-            },
-        )
+        let what = format!("adding peer {key}");
+        self.change(deadline, asked_by, what, move |backend, name, asked_by| {
+            backend.add(key, &allowed_ips)?;
+            let ips = allowed_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            info!(target: AUDIT, "peer {key} on {name}: set to allowed IPs {ips}, asked by {asked_by}");
+            Ok(())
+        })
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
