@@ -11,8 +11,9 @@ use crate::row::{Row, Unit, seconds, turns};
 use crate::vm::{Initramfs, Kernel, Machine, which};
 use crate::{Process, Say, get};
 
-/// Any private key: a device without one has no use for peers.
-const KEY: &str = "QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEA=";
+/// Any private key. Without one, a process does not say who it is. The kernel's device goes without:
+/// it would multiply points for each peer, which the machine's clock counts tenfold.
+const KEY: &str = "PrivateKey = QAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEA=";
 
 /// The variable that is set in the machine.
 pub const GUEST: &str = "GUEST";
@@ -151,7 +152,7 @@ struct Device {
     peers: Vec<Peer>,
     daemon: Daemon,
     /// Of a userspace device, which has no interface in this network namespace.
-    _process: Option<Process>,
+    process: Option<Process>,
 }
 
 impl Device {
@@ -168,7 +169,7 @@ impl Device {
         }
         let daemon = Daemon::start(&["-wg-device", &name]);
         let peers = (0..peers).map(peer).collect();
-        let device = Self { name, peers, daemon, _process: process };
+        let device = Self { name, peers, daemon, process };
         device.setconf(&device.conf());
         device
     }
@@ -200,11 +201,9 @@ impl Device {
     }
 
     fn setconf(&self, peers: &str) {
-        run(
-            "wg",
-            &["setconf", &self.name, "/dev/stdin"],
-            &format!("[Interface]\nPrivateKey = {KEY}\n{peers}"),
-        );
+        let key = self.process.as_ref().map_or("", |_| KEY);
+        let conf = format!("[Interface]\n{key}\n{peers}");
+        run("wg", &["setconf", &self.name, "/dev/stdin"], &conf);
     }
 
     fn remove(&self, peers: &[Peer]) {
