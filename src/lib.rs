@@ -17,6 +17,13 @@ mod tls;
 mod unix;
 pub mod wireguard;
 
+// The oracle of `front/head`, which the fuzz target uses as well.
+#[cfg(test)]
+extern crate self as vpn_daemon;
+#[cfg(test)]
+#[path = "../fuzz/oracle.rs"]
+mod oracle;
+
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;

@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 
-#[path = "../../tests/oracle/mod.rs"]
+#[path = "../oracle.rs"]
 mod oracle;
 
 static ORACLE: LazyLock<oracle::Oracle> = LazyLock::new(oracle::Oracle::new);
