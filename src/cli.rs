@@ -11,39 +11,7 @@ use lexopt::prelude::*;
 use crate::wireguard::DeviceName;
 
 /// The text of `-help`.
-pub const HELP: &str = "\
-usage: vpn-daemon [FLAG …]
-       vpn-daemon check [-json] [FLAG …]
-
-Manages the WireGuard peers and OpenVPN clients of this node for a VPN portal,
-which calls it over HTTP, or over HTTPS when CREDENTIALS_DIRECTORY is set.
-
-  -listen ADDR           address and port to listen on (default 127.0.0.1:41194);
-                         :PORT is every address of this host, IPv4 and IPv6
-  -wg-device NAME        WireGuard network interface (default wg0)
-  -openvpn-dir DIR       directory of the OpenVPN management sockets
-                         (default /run/openvpn-server)
-  -allow-host NAME       a name that requests may be for, beside localhost, where
-                         the daemon serves a loopback address without TLS (repeatable)
-  -max-connections N     connections served at the same time, 1 to 65536
-                         (default 256)
-  -version               print the version
-  -help                  print this text
-
-vpn-daemon check looks at everything that the daemon needs, changes nothing, and says
-how to mend what is wrong (-json: as JSON). Settings that no flag gives, and the
-credentials, are those of the service.
-Exit status: 0 all is well, 1 warnings, 2 problems.
-
-Environment:
-  CREDENTIALS_DIRECTORY  directory of ca.crt, server.crt and server.key (PEM), and
-                         ca.crl where certificates are revoked: serve HTTPS only,
-                         to clients with a certificate of that CA
-  RUST_LOG               log level: error, warn, info (default), debug
-
-Signals: SIGHUP reads the certificates again, SIGTERM and SIGINT end the daemon.
-Exit status: 0 after a signal, 1 when it cannot run, 2 for unknown flags.
-";
+pub const HELP: &str = include_str!("help.txt");
 
 /// Each takes a thread or two, and five descriptors.
 const MAX_CONNECTIONS: usize = 65536;
