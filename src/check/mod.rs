@@ -2,20 +2,19 @@
 //! wrong. It changes nothing, and every look has an end.
 
 mod address;
-mod node;
-mod openvpn;
+mod backends;
 mod settings;
-mod tls;
-mod wireguard;
 
 use std::fmt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::cli::{Given, Options};
+use crate::node::{MAINTENANCE_FLAG, maintenance_mode};
 
 /// For everything: what has not come by then is a problem of its own.
 const PATIENCE: Duration = Duration::from_secs(9);
@@ -73,10 +72,10 @@ pub(crate) fn run(mut options: Options, given: Given) -> Report {
     type Look = fn(&Options, Option<&Path>) -> Vec<Entry>;
     let looks: [(&str, Look); 5] = [
         ("address", |options, _| vec![address::look(&options.listen)]),
-        ("TLS", |options, credentials| tls::look(&options.listen, credentials)),
-        ("WireGuard", |options, _| wireguard::look(&options.wg_device)),
-        ("OpenVPN", |options, _| openvpn::look(&options.openvpn_dir)),
-        ("node", |options, _| node::look(options.max_connections)),
+        ("TLS", |options, credentials| address::tls(&options.listen, credentials)),
+        ("WireGuard", |options, _| backends::wireguard(&options.wg_device)),
+        ("OpenVPN", |options, _| backends::openvpn(&options.openvpn_dir)),
+        ("node", |options, _| node(options.max_connections)),
     ];
     let mut entries = settings::apply(&mut options, given);
     let (credentials, found) = settings::credentials();
@@ -135,6 +134,29 @@ impl fmt::Display for Report {
             ),
         }
     }
+}
+
+/// What the node itself must grant: open files, and whether it is in maintenance.
+fn node(max_connections: usize) -> Vec<Entry> {
+    let maintenance = match maintenance_mode() {
+        false => Entry::ok("maintenance", "the node is in service"),
+        true => {
+            let seen = format!("the node is in maintenance: {MAINTENANCE_FLAG} exists");
+            Entry::warning("maintenance", seen, format!("rm {MAINTENANCE_FLAG}"))
+        }
+    };
+    // The daemon raises the soft limit itself.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
+    let (needed, served) = crate::open_files(max_connections, hard);
+    let enough = format!("{needed} needed for {max_connections} connections");
+    let open_files = if served == max_connections {
+        Entry::ok("open files", format!("{hard} allowed, {enough}"))
+    } else {
+        let seen = format!("only {hard} allowed, {enough}: {served} are served at a time");
+        let remedy = format!("LimitNOFILE={needed} in the unit (systemctl edit vpn-daemon)");
+        Entry::warning("open files", seen, remedy)
+    };
+    vec![maintenance, open_files]
 }
 
 /// The setting that becomes a flag of the daemon, and the file in which it is set.

@@ -11,7 +11,6 @@
 //! each with a list, are not served: webpki finds a list by its issuer's name alone.
 
 pub(crate) mod certificate;
-mod list;
 mod verifier;
 
 use std::fs::{self, File};
@@ -30,8 +29,7 @@ use rustls::{RootCertStore, ServerConfig, version};
 use webpki::{EndEntityCert, Error as E, KeyUsage};
 
 use crate::{lock, rfc3339};
-use certificate::{Validity, unix_time};
-use list::List;
+use certificate::{List, Validity, unix_time};
 use verifier::ClientVerifier;
 pub(crate) use verifier::refusal;
 

@@ -1,4 +1,4 @@
-//! The OpenVPN directory, and every management socket in it.
+//! The backends: the WireGuard device, the OpenVPN directory and every management socket in it.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -12,20 +12,51 @@ use nix::unistd::geteuid;
 use super::{Entry, Level};
 use crate::cli::Options;
 use crate::openvpn::{self, OpenVpn};
+use crate::wireguard::{DeviceName, WireGuard};
 
 /// For one greeting. A client of the process that connects may keep it for longer than this, and
 /// is told apart by asking again.
 const TIME: Duration = Duration::from_millis(1500);
 
-const SUBJECT: &str = "OpenVPN";
+/// For the whole list of peers.
+const LIST_TIME: Duration = Duration::from_secs(5);
 
-pub(super) fn look(directory: &Path) -> Vec<Entry> {
+pub(super) fn wireguard(device: &DeviceName) -> Vec<Entry> {
+    match WireGuard::new(device.clone()).peers(Instant::now() + LIST_TIME) {
+        Ok(peers) => {
+            let file = |name| fs::read_to_string(format!("/sys/class/net/{device}/{name}"));
+            let kernel = file("uevent").is_ok_and(|text| text.contains("DEVTYPE=wireguard"));
+            let kind = if kernel { "kernel" } else { "user space" };
+            let plural = if peers.len() == 1 { "" } else { "s" };
+            let seen = format!("{device} ({kind}) has {} peer{plural}", peers.len());
+            let mut entries = vec![Entry::ok("WireGuard", seen)];
+            if file("flags").is_ok_and(|flags| !is_up(&flags)) {
+                let seen = format!("{device} is down: no peer can connect");
+                entries.push(Entry::warning("WireGuard", seen, format!("ip link set {device} up")));
+            }
+            entries
+        }
+        Err(failure) => {
+            let sentence = failure.sentence;
+            let (seen, remedy) = sentence.split_once(": ").unwrap_or((&sentence, "see its log"));
+            vec![Entry::problem("WireGuard", seen, remedy)]
+        }
+    }
+}
+
+/// `IFF_UP` in the flags of a network interface, in hexadecimal.
+fn is_up(flags: &str) -> bool {
+    let digits = flags.trim().trim_start_matches("0x");
+    u32::from_str_radix(digits, 16).is_ok_and(|flags| flags & 1 == 1)
+}
+
+pub(super) fn openvpn(directory: &Path) -> Vec<Entry> {
     let shown = directory.display();
     if fs::metadata(directory).is_err_and(|error| error.kind() == ErrorKind::NotFound) {
         let seen = format!("{shown} does not exist: no OpenVPN here");
         return vec![match directory == Options::default().openvpn_dir {
-            true => Entry::ok(SUBJECT, seen),
-            false => Entry::warning(SUBJECT, seen, "-openvpn-dir DIRECTORY"),
+            true => Entry::ok("OpenVPN", seen),
+            false => Entry::warning("OpenVPN", seen, "-openvpn-dir DIRECTORY"),
         }];
     }
     let sockets = match OpenVpn::new(directory.to_owned()).sockets() {
@@ -35,17 +66,17 @@ pub(super) fn look(directory: &Path) -> Vec<Entry> {
                 Err(ErrorKind::PermissionDenied) => open_directory(directory),
                 _ => "-openvpn-dir DIRECTORY".to_owned(),
             };
-            return vec![Entry::problem(SUBJECT, failure.sentence, remedy)];
+            return vec![Entry::problem("OpenVPN", failure.sentence, remedy)];
         }
     };
     let found = match sockets.len() {
         1 => format!("{shown} holds 1 management socket"),
         count => format!("{shown} holds {count} management sockets"),
     };
-    let mut entries = vec![Entry::ok(SUBJECT, found)];
+    let mut entries = vec![Entry::ok("OpenVPN", found)];
     if geteuid().is_root() && only_root_may_list(directory) {
         let seen = format!("{shown} may be listed by root alone, and the service is not root");
-        entries.push(Entry::warning(SUBJECT, seen, open_directory(directory)));
+        entries.push(Entry::warning("OpenVPN", seen, open_directory(directory)));
     }
     let probes = sockets.into_iter().map(|socket| {
         let thread = thread::Builder::new().stack_size(128 * 1024);
@@ -90,5 +121,15 @@ fn probe(socket: &Path) -> Entry {
             }
             _ => Entry::new(Level::Problem, subject, error.to_string()),
         },
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_of_an_interface() {
+        assert!(is_up("0x1003\n") && is_up("0x91"));
+        assert!(!is_up("0x1002\n") && !is_up("") && !is_up("x"));
     }
 }
