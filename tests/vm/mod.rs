@@ -101,11 +101,13 @@ impl Initramfs {
             load += &format!("insmod {path} || echo 'cannot load {}'\n", file.display());
             initramfs.add(path.into(), Self::EXECUTABLE, fs::read(file).unwrap());
         }
+        // Newer kernels make a thread for each WireGuard peer (napi), more than 1 GiB allows.
         let init = format!(
             "#!/bin/busybox sh\n\
              /bin/busybox --install -s /bin\n\
              export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
              mount -t proc proc /proc\n\
+             echo 50000 >/proc/sys/kernel/threads-max\n\
              mount -t sysfs sys /sys\n\
              mount -t devtmpfs dev /dev\n\
              ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout\n\
