@@ -131,9 +131,8 @@ fn parse(text: &str, length: usize) -> Result<Head, Refusal> {
         field(&mut head, &mut seen, line)?;
     }
     head.content_length = body_length(&head, &seen)?;
-    if !head.http10 && head.host.is_none() {
-        return Err(bad("the header Host is missing, which HTTP/1.1 requires"));
-    }
+    let has_host = head.http10 || head.host.is_some();
+    ensure(has_host, "the header Host is missing, which HTTP/1.1 requires")?;
     if seen.content_length.is_some() {
         // Writing to a string cannot fail.
         let _ = write!(head.lines, "Content-Length: {}\r\n", head.content_length);
@@ -150,15 +149,10 @@ fn parse(text: &str, length: usize) -> Result<Head, Refusal> {
 fn request_line(line: &str) -> Result<Head, Refusal> {
     let parts: Vec<_> = line.split(' ').collect();
     let [method, target, version] = parts[..] else { return Err(bad(NOT_A_REQUEST_LINE)) };
-    if !is_token(method) {
-        return Err(bad("the method of the request line is not a token"));
-    }
-    if !target.starts_with('/') {
-        return Err(bad("the target of the request line does not begin with a slash"));
-    }
-    if !target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') {
-        return Err(bad("the target of the request line contains a character that it may not"));
-    }
+    ensure(is_token(method), "the method of the request line is not a token")?;
+    ensure(target.starts_with('/'), "the target of the request line does not begin with a slash")?;
+    let is_plain = target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#');
+    ensure(is_plain, "the target of the request line contains a character that it may not")?;
     let http10 = match version {
         "HTTP/1.0" => true,
         "HTTP/1.1" => false,
@@ -180,42 +174,31 @@ struct Seen {
 }
 
 fn field(head: &mut Head, seen: &mut Seen, line: &str) -> Result<(), Refusal> {
-    if line.starts_with([' ', '\t']) {
-        return Err(bad("a header line begins with white space (folded headers are refused)"));
-    }
+    let is_folded = line.starts_with([' ', '\t']);
+    ensure(!is_folded, "a header line begins with white space (folded headers are refused)")?;
     let (name, value) =
         line.split_once(':').ok_or(bad("a header line does not contain a colon"))?;
-    if name.ends_with([' ', '\t']) {
-        return Err(bad("a header has white space between its name and the colon"));
-    }
-    if !is_token(name) {
-        return Err(bad("the name of a header is not a token"));
-    }
+    let is_joined = !name.ends_with([' ', '\t']);
+    ensure(is_joined, "a header has white space between its name and the colon")?;
+    ensure(is_token(name), "the name of a header is not a token")?;
     let value = value.trim_matches([' ', '\t']);
     match name.to_ascii_lowercase().as_str() {
         "host" => {
-            if !value.bytes().all(is_host_byte) {
-                return Err(bad("the header Host is not a host name or address"));
-            }
-            if head.host.replace(value.to_owned()).is_some() {
-                return Err(bad("the header Host is repeated"));
-            }
+            let is_host = value.bytes().all(is_host_byte);
+            ensure(is_host, "the header Host is not a host name or address")?;
+            ensure(head.host.replace(value.to_owned()).is_none(), "the header Host is repeated")?;
             head.lines.push_str(&format!("Host: {value}\r\n"));
         }
         "content-type" => {
-            if std::mem::replace(&mut seen.content_type, true) {
-                return Err(bad("the header Content-Type is repeated"));
-            }
+            ensure(!seen.content_type, "the header Content-Type is repeated")?;
+            seen.content_type = true;
             head.lines.push_str(&format!("Content-Type: {value}\r\n"));
         }
         "content-length" => {
-            if seen.content_length.is_some() {
-                return Err(bad("the header Content-Length is repeated"));
-            }
+            ensure(seen.content_length.is_none(), "the header Content-Length is repeated")?;
             // `parse` alone would take a plus sign.
-            if value.is_empty() || !value.bytes().all(|byte| byte.is_ascii_digit()) {
-                return Err(bad("the header Content-Length is not a plain decimal number"));
-            }
+            let is_plain = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+            ensure(is_plain, "the header Content-Length is not a plain decimal number")?;
             // Of digits alone, only one that is too large cannot be read: over every limit.
             seen.content_length = Some(value.parse().unwrap_or(usize::MAX));
         }
@@ -226,17 +209,13 @@ fn field(head: &mut Head, seen: &mut Seen, line: &str) -> Result<(), Refusal> {
             head.forbidden = Some(FETCH_SITE);
         }
         "expect" => {
-            if !value.eq_ignore_ascii_case("100-continue") {
-                return Err(bad("the header Expect is not 100-continue"));
-            }
-            seen.expect = true;
+            seen.expect = value.eq_ignore_ascii_case("100-continue");
+            ensure(seen.expect, "the header Expect is not 100-continue")?;
         }
         "upgrade" => return Err(bad(UPGRADE)),
         "connection" => {
             for option in value.split(',').map(|option| option.trim_matches([' ', '\t'])) {
-                if option.eq_ignore_ascii_case("upgrade") {
-                    return Err(bad(UPGRADE));
-                }
+                ensure(!option.eq_ignore_ascii_case("upgrade"), UPGRADE)?;
                 seen.close |= option.eq_ignore_ascii_case("close");
                 seen.keep_alive |= option.eq_ignore_ascii_case("keep-alive");
             }
@@ -278,6 +257,10 @@ const FETCH_SITE: &str = "the request carries a Sec-Fetch-Site header other than
 
 fn bad(reason: &'static str) -> Refusal {
     refusal(400, reason)
+}
+
+fn ensure(holds: bool, reason: &'static str) -> Result<(), Refusal> {
+    if holds { Ok(()) } else { Err(bad(reason)) }
 }
 
 fn refusal(status: u16, reason: &'static str) -> Refusal {
