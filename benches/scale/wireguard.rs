@@ -171,6 +171,10 @@ impl Device {
         let peers = (0..peers).map(peer).collect();
         let device = Self { name, peers, daemon, process };
         device.setconf(&device.conf());
+        if is_userspace {
+            // wireguard-go is known by its answer, which begins with this key.
+            run("wg", &["set", &device.name, "private-key", "/dev/stdin"], &peer(0)[0]);
+        }
         device
     }
 
