@@ -16,8 +16,7 @@ use crate::row::{Row, Unit, turns};
 use crate::{Process, Say, get};
 
 const ROUNDS: usize = 7;
-/// Seconds of one measurement.
-const SECONDS: u64 = 2;
+const SECONDS: u64 = 2; // of one measurement
 
 pub fn measure(say: Say) {
     let size = |work, bytes, limit| {

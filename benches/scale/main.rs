@@ -52,7 +52,7 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(rows.iter().any(|row| row.verdict() == row::OVER)))
 }
 
-/// A process that ends with the value.
+/// A process that ends with the value, by SIGTERM, so that it leaves nothing behind.
 struct Process(Child);
 
 impl Process {
@@ -71,7 +71,6 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // SIGTERM, so that it leaves nothing behind.
         let _ = Command::new("kill").arg(self.0.id().to_string()).status();
         let _ = self.0.wait();
     }
