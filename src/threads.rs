@@ -51,6 +51,8 @@ impl<J: Send + 'static> Threads<J> {
             state.free += 1;
         }
         state.jobs.push_back(job);
+        // Whoever wakes up finds the lock free.
+        drop(state);
         self.arrived.notify_one();
         Ok(())
     }

@@ -305,8 +305,11 @@ fn lost() -> io::Error {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        lock(&self.table.state).slots.remove(&self.id);
-        self.table.freed.notify_all();
+        let mut state = lock(&self.table.state);
+        state.slots.remove(&self.id);
+        if state.queued > 0 || state.stop_at.is_some() {
+            self.table.freed.notify_all();
+        }
     }
 }
 
