@@ -7,20 +7,18 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use log::warn;
 
 use crate::lock;
 use crate::logging::warn_seldom;
+use crate::threads::Threads;
 
-/// The thread ends when nothing has been asked for this long.
-const REST: Duration = Duration::from_secs(2);
-
-/// What a thread touches of its stack counts, not this; a call may start a thousand threads.
-const STACK: usize = 256 * 1024;
+/// Those of all agents: each has one while it has work, and never two.
+static THREADS: LazyLock<Arc<Threads<Box<dyn FnOnce() + Send>>>> =
+    LazyLock::new(|| Threads::new("agent", |work: Box<dyn FnOnce() + Send>| work()));
 
 /// What a backend says of its own time-out at the deadline is waited for this much longer: it knows
 /// more.
@@ -66,7 +64,6 @@ pub(crate) struct Agent<L> {
     /// Begins the sentences about it, e.g. "WireGuard device wg0".
     name: String,
     queue: Mutex<Queue<L>>,
-    arrived: Condvar,
 }
 
 struct Queue<L> {
@@ -92,10 +89,10 @@ pub(crate) struct Answer<T> {
 }
 
 impl<L: Clone + Send + 'static> Agent<L> {
-    /// Its thread starts with the first job.
+    /// It has a thread while it has jobs.
     pub(crate) fn new(name: impl Into<String>) -> Arc<Self> {
         let queue = Mutex::new(Queue { jobs: VecDeque::new(), has_thread: false });
-        Arc::new(Self { name: name.into(), queue, arrived: Condvar::new() })
+        Arc::new(Self { name: name.into(), queue })
     }
 
     /// Queues the reading of a list, or joins one that has not begun. `read` is given the deadline of
@@ -163,40 +160,27 @@ impl<L: Clone + Send + 'static> Agent<L> {
         queue.jobs.retain(|job| job.deadline > Instant::now());
         if !queue.has_thread {
             let agent = Arc::clone(self);
-            let thread = thread::Builder::new().name("agent".to_owned()).stack_size(STACK);
-            thread.spawn(move || agent.work()).map_err(|error| {
+            THREADS.run(Box::new(move || agent.work())).map_err(|(_, error)| {
                 let sentence = format!("{} cannot be asked: no thread for it: {error}", self.name);
                 Failure::new(FailureKind::Failed, sentence)
             })?;
             queue.has_thread = true;
         }
         queue.jobs.push_back(job);
-        self.arrived.notify_one();
         Ok(())
     }
 
     fn work(&self) {
-        while let Some(job) = self.next() {
+        loop {
+            let mut queue = lock(&self.queue);
+            let Some(job) = queue.jobs.pop_front() else {
+                queue.has_thread = false;
+                return;
+            };
+            drop(queue);
             if Instant::now() < job.deadline {
                 // The panic is in the log; the callers are told that nothing came.
                 let _ = catch_unwind(AssertUnwindSafe(|| (job.work)(job.deadline)));
-            }
-        }
-    }
-
-    /// The next job, or `None` once the thread has rested long enough.
-    fn next(&self) -> Option<Job<L>> {
-        let mut queue = lock(&self.queue);
-        loop {
-            if let Some(job) = queue.jobs.pop_front() {
-                return Some(job);
-            }
-            let (guard, rested) =
-                self.arrived.wait_timeout(queue, REST).unwrap_or_else(PoisonError::into_inner);
-            queue = guard;
-            if rested.timed_out() && queue.jobs.is_empty() {
-                queue.has_thread = false;
-                return None;
             }
         }
     }
