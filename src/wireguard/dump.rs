@@ -81,9 +81,9 @@ pub(super) fn snapshot(device: &DeviceName, deadline: Instant) -> Result<Option<
 /// kernel has no WireGuard module, `ENODEV`: no such device, `EOPNOTSUPP`: it is not WireGuard,
 /// `EPERM`: no privilege.
 pub(super) fn own_key(device: &DeviceName) -> Result<Option<PublicKey>, Errno> {
-    let mut report = Report::default();
-    report.read_page(Dump::start(device, SMALL_PAGE)?.receive()?)?;
-    Ok(report.snapshot.own_key)
+    let mut dump = Dump::start(device, SMALL_PAGE)?;
+    let key = first(dump.receive()?, WGDEVICE_A_PUBLIC_KEY)?;
+    key.map(|key| array(key).map(PublicKey::from)).transpose()
 }
 
 /// A dump under way, on a socket of its own: what were left of one would be taken for the beginning of
@@ -106,7 +106,8 @@ impl Dump {
         let mut dump = Self::open(page)?;
         let name = (CTRL_ATTR_FAMILY_NAME, WG_GENL_NAME);
         dump.send(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name)?;
-        let family = parse_family(dump.receive()?)?;
+        let family = first(dump.receive()?, CTRL_ATTR_FAMILY_ID)?.ok_or(MALFORMED)?;
+        let family = u16::from_ne_bytes(array(family)?);
         let name = (WGDEVICE_A_IFNAME, device.as_str());
         dump.send(family, NLM_F_REQUEST | NLM_F_DUMP, WG_CMD_GET_DEVICE, name)?;
         Ok(dump)
@@ -150,15 +151,14 @@ fn request(kind: u16, flags: u16, command: u8, (attribute, text): (u16, &str)) -
     bytes
 }
 
-/// The number of the family from the controller's answer.
-fn parse_family(datagram: &[u8]) -> Result<u16, Errno> {
+/// An attribute of the first message of an answer, unless that is a refusal.
+fn first(datagram: &[u8], attribute: u16) -> Result<Option<&[u8]>, Errno> {
     let (kind, _, body) = messages(datagram).next().ok_or(MALFORMED)??;
-    if kind == NLMSG_ERROR {
+    if kind == NLMSG_ERROR || kind == NLMSG_DONE {
         check_status(body)?;
     }
     let mut attributes = attributes(body.get(4..).ok_or(MALFORMED)?).flatten();
-    let id = attributes.find(|(attribute, _)| *attribute == CTRL_ATTR_FAMILY_ID);
-    array(id.ok_or(MALFORMED)?.1).map(u16::from_ne_bytes)
+    Ok(attributes.find(|(kind, _)| *kind == attribute).map(|(_, content)| content))
 }
 
 /// What the pages say so far.
@@ -318,6 +318,11 @@ fn records<'a, T>(
 mod tests {
     use super::*;
     use nix::sys::socket::{getsockname, sendto};
+
+    fn parse_family(datagram: &[u8]) -> Result<u16, Errno> {
+        let family = first(datagram, CTRL_ATTR_FAMILY_ID)?.ok_or(MALFORMED)?;
+        array(family).map(u16::from_ne_bytes)
+    }
 
     const FAMILY: u16 = 0x1d;
 
