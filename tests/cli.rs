@@ -52,6 +52,9 @@ fn what_keeps_it_from_starting_is_one_line() {
         ("-listen", "41194", 2, "-listen 41194"),
         ("-wg-device", "no/device", 2, "-wg-device no/device"),
         ("-frobnicate", "3", 2, "-frobnicate"),
+        ("-json", "3", 2, "-json"),
+        ("check", "-frobnicate", 2, "-frobnicate"),
+        ("check", "now", 2, "now"),
     ] {
         let output = run(&[flag, value]);
         assert_eq!((output.status.code(), output.stdout.len()), (Some(status), 0), "{output:?}");

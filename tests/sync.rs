@@ -4,13 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 mod common;
+#[path = "common/device.rs"]
+mod device;
 
 use std::fmt::Write as _;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 
 use common::{Answer, Daemon, PATIENCE};
+use device::FakeDevice;
 
 const JSON: &str = "Content-Type: application/json";
 
@@ -37,48 +37,17 @@ fn refusals() {
     }
 }
 
-/// A userspace device that has peers and nothing else: it answers every request with them.
-struct FakeDevice {
-    name: String,
-    socket: PathBuf,
-}
-
-impl FakeDevice {
-    fn start(peers: u32) -> Self {
-        let mut answer = String::new();
-        for number in 0..peers {
-            let [_, b, c, d] = number.to_be_bytes();
-            writeln!(answer, "public_key={number:064x}\nallowed_ip=10.{b}.{c}.{d}/32").unwrap();
-            let (high, low) = (number >> 16, number & 0xffff);
-            writeln!(answer, "allowed_ip=fd00::{high:x}:{low:x}/128").unwrap();
-        }
-        answer += "errno=0\n\n";
-        let name = format!("vd{}", std::process::id());
-        std::fs::create_dir_all("/var/run/wireguard").unwrap();
-        let socket = PathBuf::from(format!("/var/run/wireguard/{name}.sock"));
-        let listener = UnixListener::bind(&socket).unwrap();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let mut stream = stream.unwrap();
-                stream.read_exact(&mut [0; b"get=1\n\n".len()]).unwrap();
-                // A caller that cannot wait goes away.
-                let _ = stream.write_all(answer.as_bytes());
-            }
-        });
-        Self { name, socket }
-    }
-}
-
-impl Drop for FakeDevice {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.socket);
-    }
-}
-
 #[test]
 fn a_hundred_thousand_peers_are_listed_in_bounded_memory() {
     const PEERS: u32 = 100_000;
-    let device = FakeDevice::start(PEERS);
+    let mut peers = String::new();
+    for number in 0..PEERS {
+        let [_, b, c, d] = number.to_be_bytes();
+        writeln!(peers, "public_key={number:064x}\nallowed_ip=10.{b}.{c}.{d}/32").unwrap();
+        let (high, low) = (number >> 16, number & 0xffff);
+        writeln!(peers, "allowed_ip=fd00::{high:x}:{low:x}/128").unwrap();
+    }
+    let device = FakeDevice::start(peers + "errno=0\n\n");
     let daemon = Daemon::start(&["-wg-device", &device.name]);
     // A build for tests on a busy machine may miss the deadline.
     let in_time = |ask: &dyn Fn() -> Answer| {

@@ -172,7 +172,7 @@ fn a_reload_ends_the_connections_of_before() {
     let pki = Pki::usual();
     let daemon = start_tls(&pki, &[]);
     let _openvpn = hang(&daemon);
-    let portal = client(&pki, Some("portal"));
+    let portal = client(&pki, "portal");
     let connect = || shake_hands(&portal, daemon.connect()).unwrap();
     let (mut idle, mut busy, mut half, mut new) = (connect(), connect(), connect(), connect());
     for connection in [&mut idle, &mut busy, &mut half] {
@@ -203,7 +203,7 @@ fn a_certificate_that_expires_ends_its_connection() {
     let not_after = String::from_utf8(date.unwrap().stdout).unwrap();
     pki.issue("brief", "ca", Profile { not_after: not_after.trim(), ..CLIENT });
     let daemon = start_tls(&pki, &[]);
-    let connect = || shake_hands(&client(&pki, Some("brief")), daemon.connect()).unwrap();
+    let connect = || shake_hands(&client(&pki, "brief"), daemon.connect()).unwrap();
     let (mut idle, mut eager) = (connect(), connect());
     let start = Instant::now();
     assert_eq!(idle.ask(NODE).status, 200);

@@ -82,7 +82,7 @@ impl Site {
     fn tls(arguments: &[&str]) -> Self {
         let pki = Pki::usual();
         let daemon = start_tls(&pki, arguments);
-        Self { daemon, client: Some(client(&pki, Some("portal"))), _pki: Some(pki) }
+        Self { daemon, client: Some(client(&pki, "portal")), _pki: Some(pki) }
     }
 
     fn both(arguments: &[&str]) -> [Self; 2] {
@@ -127,7 +127,7 @@ fn start_tls(pki: &Pki, arguments: &[&str]) -> Daemon {
 }
 
 /// A TLS client that trusts `ca.crt` and has the certificate and key of this name.
-fn client(pki: &Pki, name: Option<&str>) -> Arc<ClientConfig> {
+fn client(pki: &Pki, name: &str) -> Arc<ClientConfig> {
     let certificates = |file: &str| {
         let certificates = CertificateDer::pem_file_iter(pki.path(file)).unwrap();
         certificates.map(Result::unwrap).collect::<Vec<_>>()
@@ -139,13 +139,9 @@ fn client(pki: &Pki, name: Option<&str>) -> Arc<ClientConfig> {
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_root_certificates(roots);
-    Arc::new(match name {
-        None => builder.with_no_client_auth(),
-        Some(name) => {
-            let key = PrivateKeyDer::from_pem_file(pki.path(&format!("{name}.key"))).unwrap();
-            builder.with_client_auth_cert(certificates(&format!("{name}.crt")), key).unwrap()
-        }
-    })
+    let key = PrivateKeyDer::from_pem_file(pki.path(&format!("{name}.key"))).unwrap();
+    let chain = certificates(&format!("{name}.crt"));
+    Arc::new(builder.with_client_auth_cert(chain, key).unwrap())
 }
 
 type Tunnel = StreamOwned<ClientConnection, TcpStream>;
