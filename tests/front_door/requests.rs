@@ -10,122 +10,21 @@ use super::{NODE, Site, post};
 /// Hidden behind a refused request: must never be answered.
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
+/// One of each kind; the others stand beside `head.rs`.
 const TABLE: &[(&str, u16, &str)] = &[
-    // Framing: two readers could disagree where the body ends.
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        400,
-        "Transfer-Encoding",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
-        400,
-        "Transfer-Encoding",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        411,
-        "Transfer-Encoding",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: identity\r\n\r\n",
-        411,
-        "Transfer-Encoding",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTRANSFER-ENCODING:\tchunked\r\n\r\n0\r\n\r\n",
-        411,
-        "Transfer-Encoding",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
-        400,
-        "white space",
-    ),
-    (
-        "GET /i/node HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        400,
-        "Transfer-Encoding",
-    ),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\n\r\n", 411, "Content-Length"),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 40\r\n\r\n",
-        400,
-        "repeated",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n",
-        400,
-        "repeated",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5, 5\r\n\r\n",
-        400,
-        "decimal",
-    ),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: +5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0x5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5 5\r\n\r\n", 400, "decimal"),
-    ("POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length:\r\n\r\n", 400, "decimal"),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
-        413,
-        "64 KiB",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000000000\r\n\r\n",
-        413,
-        "64 KiB",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65537\r\n\r\n",
-        413,
-        "64 KiB",
-    ),
-    (
-        "POST /w/sync_peers HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33554433\r\n\r\n",
-        413,
-        "32 MiB",
-    ),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n", 400, "no body"),
-    // Lines: where one ends and the next begins.
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: a\r\n folded: b\r\n\r\n", 400, "folded"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\n\tX: a\r\n\r\n", 400, "folded"),
-    ("GET /i/node HTTP/1.1\r\nHost : n\r\n\r\n", 400, "white space"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX\0: a\r\n\r\n", 400, "control"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: \0\r\n\r\n", 400, "control"),
-    ("GET /i/node\0 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "control"),
-    ("GET /i/node HTTP/1.1\nHost: n\n\n", 400, "LF"),
-    ("GET /i/node HTTP/1.1\r\nHost: n\n\r\n\r\n", 400, "LF"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: a\rContent-Length: 5\r\n\r\n", 400, "CR"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400, "colon"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\n: no name\r\n\r\n", 400, "token"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX(): a\r\n\r\n", 400, "token"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: \u{e9}\r\n\r\n", 400, "ASCII"),
-    // The request line and what else is not ours.
-    ("GET /i/node\r\nHost: localhost\r\n\r\n", 400, "request line"),
-    ("GET  /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "request line"),
-    ("GET /i/node HTTP/1.1 \r\nHost: localhost\r\n\r\n", 400, "request line"),
-    ("GET /i/node HTTP/2.0\r\nHost: localhost\r\n\r\n", 400, "version"),
-    ("GET /i/node http/1.1\r\nHost: localhost\r\n\r\n", 400, "version"),
-    ("GET http://n/i/node HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "slash"),
-    ("CONNECT n:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "slash"),
-    ("\r\n\r\nGET /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "request line"),
-    ("GET /i/node HTTP/1.1\r\n\r\n", 400, "Host"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nHost: m\r\n\r\n", 400, "Host"),
-    ("GET /i/node HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\n\r\n", 400, "upgrad"),
-    (
-        "GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Upgrade\r\n\r\n",
-        400,
-        "upgrad",
-    ),
-    (
-        "POST /w/add_peer HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\nContent-Length: 5\r\n\r\n",
-        400,
-        "Expect",
-    ),
-    ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "request line"),
+    ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked", 400, "Tran"),
+    ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked", 411, "Transfer-Encoding"),
+    ("POST / HTTP/1.1\r\nHost: a", 411, "Content-Length"),
+    ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 5", 400, "repeated"),
+    ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000000000", 413, "64 KiB"),
+    ("POST /w/sync_peers HTTP/1.1\r\nHost: a\r\nContent-Length: 33554433", 413, "32 MiB"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 40", 400, "no body"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nX: b\r\n folded: c", 400, "folded"),
+    ("GET / HTTP/1.1\nHost: a\n", 400, "LF"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nX: \0", 400, "control"),
+    ("GET / HTTP/1.1\r\nX: a", 400, "Host"),
+    ("GET http://a/ HTTP/1.1\r\nHost: a", 400, "slash"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nUpgrade: h2c", 400, "upgrad"),
     ("\u{16}\u{3}\u{1}\u{2}\0\u{1}\0\u{1}\u{fc}\u{3}\u{3}", 400, "control"),
 ];
 
@@ -134,7 +33,7 @@ fn what_two_readers_could_read_differently_is_refused() {
     for site in Site::both(&[]) {
         for (request, status, part) in TABLE {
             let mut connection = site.connect();
-            let answer = connection.ask(&format!("{request}{SMUGGLED}"));
+            let answer = connection.ask(&format!("{request}\r\n\r\n{SMUGGLED}"));
             assert_eq!(answer.status, *status, "{request:?}: {answer:?}");
             assert!(answer.error().contains(part), "{request:?}: {answer:?}");
             assert_eq!(answer.header("Connection"), Some("close"));
