@@ -17,8 +17,10 @@ use crate::logging::warn_seldom;
 use crate::threads::Threads;
 
 /// Those of all agents: each has one while it has work, and never two.
-static THREADS: LazyLock<Arc<Threads<Box<dyn FnOnce() + Send>>>> =
-    LazyLock::new(|| Threads::new("agent", |work: Box<dyn FnOnce() + Send>| work()));
+static THREADS: LazyLock<Arc<Threads<Work>>> =
+    LazyLock::new(|| Threads::new("agent", |work: Work| work()));
+
+type Work = Box<dyn FnOnce() + Send>;
 
 /// What a backend says of its own time-out at the deadline is waited for this much longer: it knows
 /// more.
