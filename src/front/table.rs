@@ -14,8 +14,9 @@ use crate::lock;
 pub(crate) const OVER_LIMIT: usize = 256;
 /// How long a complete request waits for a place before it is told 503.
 const PLACE_TIME: Duration = Duration::from_millis(500);
-/// How long a connection whose request has not come yet may still send one when the daemon stops.
-const STOP_GRACE: Duration = Duration::from_secs(1);
+/// How long a connection whose request has not come yet may still send one when the daemon stops: a
+/// handshake on a slow machine takes a second.
+const STOP_GRACE: Duration = Duration::from_secs(3);
 /// For an idle connection that is closed to tell the client so.
 const GOODBYE_TIME: Duration = Duration::from_secs(2);
 
