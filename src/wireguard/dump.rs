@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
-    socket,
+    setsockopt, socket, sockopt,
 };
 
 use super::{AllowedIp, DeviceName, Peer, PublicKey, Snapshot};
@@ -62,14 +62,15 @@ const SMALL_PAGE: usize = 8 * 1024;
 /// The device and all its peers; `None` where the dump was disturbed. Fails as [`own_key`], and with
 /// `EAGAIN` when the deadline has passed.
 pub(super) fn snapshot(device: &DeviceName, deadline: Instant) -> Result<Option<Snapshot>, Errno> {
-    let mut dump = Dump::start(device, PAGE)?;
+    let mut dump = Dump::open(PAGE)?;
+    dump.start(device)?;
     let mut report = Report::default();
     while !report.complete {
         // The kernel has the next page ready: without this, a long dump would not end here.
         if Instant::now() >= deadline {
             return Err(Errno::EAGAIN);
         }
-        report.read_page(dump.receive()?)?;
+        report.read_page(dump.receive(MsgFlags::empty())?)?;
         if report.interrupted {
             return Ok(None);
         }
@@ -77,12 +78,15 @@ pub(super) fn snapshot(device: &DeviceName, deadline: Instant) -> Result<Option<
     Ok(Some(report.snapshot))
 }
 
-/// Public key of the device, if it has one, at the cost of a short dump's first page. `ENOENT`: the
-/// kernel has no WireGuard module, `ENODEV`: no such device, `EOPNOTSUPP`: it is not WireGuard,
-/// `EPERM`: no privilege.
+/// Public key of the device, if it has one, at the cost of a dump's first page, as small as the kernel
+/// makes it: it fills the second when the first is taken, so that one is only looked into, in a receive
+/// buffer that has no room for more. `ENOENT`: the kernel has no WireGuard module, `ENODEV`: no such
+/// device, `EOPNOTSUPP`: it is not WireGuard, `EPERM`: no privilege.
 pub(super) fn own_key(device: &DeviceName) -> Result<Option<PublicKey>, Errno> {
-    let mut dump = Dump::start(device, SMALL_PAGE)?;
-    let key = first(dump.receive()?, WGDEVICE_A_PUBLIC_KEY)?;
+    let mut dump = Dump::open(SMALL_PAGE)?;
+    setsockopt(&dump.socket, sockopt::RcvBuf, &0)?;
+    dump.start(device)?;
+    let key = first(dump.receive(MsgFlags::MSG_PEEK)?, WGDEVICE_A_PUBLIC_KEY)?;
     key.map(|key| array(key).map(PublicKey::from)).transpose()
 }
 
@@ -102,15 +106,13 @@ impl Dump {
         Ok(Self { socket, buffer: vec![0; page] })
     }
 
-    fn start(device: &DeviceName, page: usize) -> Result<Self, Errno> {
-        let mut dump = Self::open(page)?;
+    fn start(&mut self, device: &DeviceName) -> Result<(), Errno> {
         let name = (CTRL_ATTR_FAMILY_NAME, WG_GENL_NAME);
-        dump.send(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name)?;
-        let family = first(dump.receive()?, CTRL_ATTR_FAMILY_ID)?.ok_or(MALFORMED)?;
-        let family = u16::from_ne_bytes(array(family)?);
+        self.send(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name)?;
+        let family = first(self.receive(MsgFlags::empty())?, CTRL_ATTR_FAMILY_ID)?;
+        let family = u16::from_ne_bytes(array(family.ok_or(MALFORMED)?)?);
         let name = (WGDEVICE_A_IFNAME, device.as_str());
-        dump.send(family, NLM_F_REQUEST | NLM_F_DUMP, WG_CMD_GET_DEVICE, name)?;
-        Ok(dump)
+        self.send(family, NLM_F_REQUEST | NLM_F_DUMP, WG_CMD_GET_DEVICE, name)
     }
 
     fn send(&self, kind: u16, flags: u16, command: u8, name: (u16, &str)) -> Result<(), Errno> {
@@ -119,9 +121,9 @@ impl Dump {
     }
 
     /// The next page. The kernel has it ready: it does what it is asked while it is sent the request.
-    fn receive(&mut self) -> Result<&[u8], Errno> {
+    fn receive(&mut self, flags: MsgFlags) -> Result<&[u8], Errno> {
         // With MSG_TRUNC the length is that of the datagram, were it larger than the buffer.
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+        let flags = flags | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
         let length = recv(self.socket.as_raw_fd(), &mut self.buffer, flags)?;
         self.buffer.get(..length).ok_or(MALFORMED)
     }
@@ -588,13 +590,13 @@ mod tests {
         for (name, expected) in [("nlctrl", Ok(GENL_ID_CTRL)), ("nobody", Err(Errno::ENOENT))] {
             let name = (CTRL_ATTR_FAMILY_NAME, name);
             dump.send(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name).unwrap();
-            assert_eq!(parse_family(dump.receive().unwrap()), expected);
+            assert_eq!(parse_family(dump.receive(MsgFlags::empty()).unwrap()), expected);
         }
-        assert_eq!(dump.receive(), Err(Errno::EAGAIN));
+        assert_eq!(dump.receive(MsgFlags::empty()), Err(Errno::EAGAIN));
         dump.buffer.truncate(40);
         let name = (CTRL_ATTR_FAMILY_NAME, "nlctrl");
         dump.send(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name).unwrap();
-        assert_eq!(dump.receive(), Err(MALFORMED));
+        assert_eq!(dump.receive(MsgFlags::empty()), Err(MALFORMED));
         // Nobody else is listened to.
         let address = getsockname::<NetlinkAddr>(dump.socket.as_raw_fd()).unwrap();
         let forged = request(FAMILY, 0, CTRL_CMD_GETFAMILY, name);
@@ -602,6 +604,6 @@ mod tests {
         let sent = sendto(other.socket.as_raw_fd(), &forged, &address, MsgFlags::empty());
         // EPERM: not even allowed to try, without CAP_NET_ADMIN.
         assert!(matches!(sent, Err(Errno::ECONNREFUSED | Errno::EPERM)), "{sent:?}");
-        assert_eq!(dump.receive(), Err(Errno::EAGAIN));
+        assert_eq!(dump.receive(MsgFlags::empty()), Err(Errno::EAGAIN));
     }
 }

@@ -44,7 +44,8 @@ pub(super) enum Change<'a> {
 /// out sorted, and each once.
 pub(super) fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
     let invalid = |sentence| Err(Failure::new(FailureKind::Invalid, sentence));
-    let (mut keys, mut owners) = (HashSet::new(), HashMap::new());
+    let mut keys = HashSet::with_capacity(wanted.len());
+    let mut owners = HashMap::with_capacity(wanted.len());
     for WantedPeer { public_key, allowed_ips } in wanted {
         if !keys.insert(*public_key) {
             return invalid(format!("the peer {public_key} is listed twice"));
@@ -76,7 +77,12 @@ pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, V
     for WantedPeer { public_key, allowed_ips } in wanted {
         let set = Change::Set(*public_key, allowed_ips);
         match left.remove(public_key) {
-            Some(peer) if sorted(&peer.allowed_ips) == *allowed_ips => synced.unchanged += 1,
+            Some(peer)
+                if peer.allowed_ips == *allowed_ips
+                    || sorted(&peer.allowed_ips) == *allowed_ips =>
+            {
+                synced.unchanged += 1;
+            }
             Some(_) => {
                 synced.updated.push(*public_key);
                 updates.push(set);
