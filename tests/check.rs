@@ -78,10 +78,19 @@ impl Installation {
         Checked { status: output.status.code().unwrap(), entries }
     }
 
+    fn usual(&self) -> [&str; 4] {
+        ["-listen", "127.0.0.1:0", "-wg-device", &self.device.name]
+    }
+
     /// With address and device, unless `flags` have others.
     fn check(&self, wrapper: &[&str], flags: &[&str]) -> Checked {
-        let usual = ["-listen", "127.0.0.1:0", "-wg-device", &self.device.name];
-        self.check_with(wrapper, &[&usual, flags].concat())
+        self.check_with(wrapper, &[&self.usual(), flags].concat())
+    }
+
+    /// After a script in a mount namespace.
+    fn check_after(&self, script: &str, flags: &[&str]) -> Checked {
+        let script = format!("{script}; exec \"$@\"");
+        self.check_with(&["unshare", "--mount", "sh", "-ec", &script, "sh"], flags)
     }
 }
 
@@ -116,8 +125,7 @@ fn all_is_well() {
         let fields: Vec<_> = entry.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(fields, ["level", "remedy", "seen", "subject"]);
     }
-    let flags = ["-listen", "127.0.0.1:0", "-wg-device", &installation.device.name];
-    let text = installation.run(&[], &flags);
+    let text = installation.run(&[], &installation.usual());
     assert!(text.status.success() && text.stdout.ends_with(b"\nAll is well.\n"), "{text:?}");
 }
 
@@ -138,13 +146,10 @@ fn addresses() {
     }
     assert_eq!(daemon.get("/i/node").status, 200);
 
-    for (listen, status, seen, remedy) in [
-        ("192.0.2.1:9", PROBLEM, "cannot listen on 192.0.2.1:9: Cannot assign", "LISTEN="),
-        ("name.invalid:1", PROBLEM, "cannot listen on name.invalid:1: ", "LISTEN="),
-        (":0", WARNING, "plain HTTP on :0", "credentials.conf"),
-    ] {
-        check(listen).names(status, seen, remedy);
-    }
+    let seen = "cannot listen on 192.0.2.1:9: Cannot assign";
+    check("192.0.2.1:9").names(PROBLEM, seen, "LISTEN=");
+    check("name.invalid:1").names(PROBLEM, "cannot listen on name.invalid:1: ", "LISTEN=");
+    check(":0").names(WARNING, "plain HTTP on :0", "credentials.conf");
 }
 
 #[test]
@@ -173,12 +178,9 @@ fn the_openvpn_directory() {
     installation.check(&[], &[]).names(WARNING, "may be listed by root alone", &line);
     chmod(&directory, 0o755);
     installation.check(&NOBODY, &[]).names(OK, "holds 1 management socket", "");
-    for (directory, status, seen) in
-        [("/nowhere", WARNING, "/nowhere does not exist"), ("/dev/null", PROBLEM, "/dev/null")]
-    {
-        let checked = installation.check(&[], &["-openvpn-dir", directory]);
-        checked.names(status, seen, "-openvpn-dir");
-    }
+    let check = |directory| installation.check(&[], &["-openvpn-dir", directory]);
+    check("/nowhere").names(WARNING, "/nowhere does not exist", "-openvpn-dir");
+    check("/dev/null").names(PROBLEM, "/dev/null", "-openvpn-dir");
 }
 
 #[test]
@@ -243,11 +245,6 @@ fn credentials() {
 const OWN_RUN: &str = "mount --bind /run/wireguard /mnt; mount -t tmpfs none /run; \
                        mkdir /run/wireguard; mount --move /mnt /run/wireguard";
 
-/// Runs `"$@"` after a script in a mount namespace.
-fn after(script: &str) -> [&str; 6] {
-    ["unshare", "--mount", "sh", "-ec", script, "sh"]
-}
-
 #[test]
 fn the_settings_of_the_service_count_where_no_flag_is_given() {
     let installation = Installation::new();
@@ -257,9 +254,9 @@ fn the_settings_of_the_service_count_where_no_flag_is_given() {
             "mount -t tmpfs none /mnt; cp -a /etc /mnt; mount --bind /mnt/etc /etc; \
              mkdir -p /etc/default /etc/sysconfig; rm -f /etc/default/vpn-daemon; \
              printf '{default}' >/etc/default/vpn-daemon; \
-             printf '{sysconfig}' >/etc/sysconfig/vpn-daemon; exec \"$@\""
+             printf '{sysconfig}' >/etc/sysconfig/vpn-daemon"
         );
-        installation.check_with(&after(&script), flags)
+        installation.check_after(&script, flags)
     };
     let default = format!("# LISTEN=:1\\nLISTEN=127.0.0.1:0\\nWG_DEVICE=\"{device}\"\\n");
     let checked = check(&default, "", &[]);
@@ -269,8 +266,7 @@ fn the_settings_of_the_service_count_where_no_flag_is_given() {
     // Fedora's file comes second in the unit, and a flag before both.
     let checked = check(&default, "WG_DEVICE=vd-other", &[]);
     checked.names(PROBLEM, "vd-other does not exist", "ip link add vd-other");
-    let flags = ["-wg-device", device, "-listen", "127.0.0.1:0"];
-    let checked = check("LISTEN=:1\\n", "WG_DEVICE=vd-other\\n", &flags);
+    let checked = check("LISTEN=:1\\n", "WG_DEVICE=vd-other\\n", &installation.usual());
     checked.names(OK, "127.0.0.1:0 is free", "");
     assert!(checked.entries.iter().all(|entry| entry["subject"] != "settings"));
     let checked = check(&default, "LISTEN=41194", &[]);
@@ -284,10 +280,10 @@ fn the_credentials_of_the_service_count_where_the_variable_is_not_set() {
         let script = format!(
             "{OWN_RUN}; mkdir -p /run/credentials; \
              cp -r {} /run/credentials/vpn-daemon.service; \
-             chmod 500 /run/credentials/vpn-daemon.service; exec {who} \"$@\"",
+             chmod 500 /run/credentials/vpn-daemon.service; set -- {who} \"$@\"",
             pki.credentials_directory().display()
         );
-        installation.check(&after(&script), &[])
+        installation.check_after(&script, &installation.usual())
     };
     let checked = check("");
     checked.names(OK, "credentials of the running service", "");
@@ -297,12 +293,10 @@ fn the_credentials_of_the_service_count_where_the_variable_is_not_set() {
 
 #[test]
 fn the_node() {
-    let flag = "mkdir /run/vpn-daemon; touch /run/vpn-daemon/maintenance-mode";
-    for (script, seen, remedy) in [
-        (format!("{OWN_RUN}; {flag}"), "in maintenance", "rm /run/vpn-daemon/maintenance-mode"),
-        ("ulimit -n 300".to_owned(), "only 300 allowed", "LimitNOFILE="),
-    ] {
-        let checked = Installation::new().check(&after(&format!("{script}; exec \"$@\"")), &[]);
-        checked.names(WARNING, seen, remedy);
-    }
+    let installation = Installation::new();
+    let flag = "/run/vpn-daemon/maintenance-mode";
+    let script = format!("{OWN_RUN}; mkdir /run/vpn-daemon; touch {flag}; ulimit -n 300");
+    let checked = installation.check_after(&script, &installation.usual());
+    checked.names(WARNING, "in maintenance", &format!("rm {flag}"));
+    checked.names(WARNING, "only 300 allowed", "LimitNOFILE=");
 }

@@ -3,7 +3,9 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
-use std::process::Command;
+
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
 use super::Site;
 use super::pki::{CA, LATER, P521, PAST, Pki, Profile, RSA, SERVER};
@@ -88,8 +90,8 @@ fn files_that_cannot_be_used() {
     ];
     for (file, content, expected) in cases {
         refuses(&site, file, |path| fs::write(path, content).unwrap(), expected);
-        site.accepts("portal");
     }
+    site.accepts("portal");
 
     // Comments, as `openssl x509 -text` writes them, and carriage returns are no harm.
     let text = pki.openssl("x509 -in ca.crt -text");
@@ -102,7 +104,7 @@ fn files_that_cannot_be_used() {
 #[test]
 fn files_that_cannot_be_read() {
     let site = Site::start(Pki::usual());
-    let fifo = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    let fifo = |path: &Path| mkfifo(path, Mode::S_IRUSR).unwrap();
     for file in ["ca.crt", "server.crt", "server.key", "ca.crl"] {
         let special = format!("{file} is not a regular file: ");
         refuses(&site, file, |path| fs::create_dir(path).unwrap(), &special);

@@ -36,13 +36,13 @@ impl Site {
     /// What the daemon has logged while `action` ran, up to the line with `text`. A kind of warning
     /// comes once a second: the action is repeated until it shows.
     fn logs(&self, text: &str, action: impl Fn()) -> String {
-        let mut found = (0..60).map(|_| {
+        let mut tries = (0..60).map(|_| {
             let seen = self.daemon.log().len();
             action();
             thread::sleep(Duration::from_millis(100));
             self.daemon.log().into_iter().skip(seen).find(|line| line.contains(text))
         });
-        found.find_map(|line| line).unwrap_or_else(|| panic!("no line with {text:?}"))
+        tries.find_map(|line| line).unwrap_or_else(|| panic!("no line with {text:?}"))
     }
 
     /// Reads the files again; the log line that says how that went.
@@ -50,11 +50,11 @@ impl Site {
         let lines = || self.daemon.log().into_iter().filter(|line| line.contains("SIGHUP: "));
         let seen = lines().count();
         self.daemon.signal("HUP");
-        let mut found = (0..1000).map(|_| {
+        let mut tries = (0..1000).map(|_| {
             thread::sleep(Duration::from_millis(20));
             lines().nth(seen)
         });
-        found.find_map(|line| line).unwrap()
+        tries.find_map(|line| line).unwrap()
     }
 
     /// Puts other files in force.
