@@ -137,6 +137,8 @@ fn findings() {
         ("inside", "tight", SERVER),
         ("other", "other", Profile { extensions: &other, ..CA }),
         ("outside", "other", SERVER),
+        ("below", "ca", CA),
+        ("node", "below", SERVER),
         ("self", "self", CA),
     ] {
         pki.issue(name, issuer, profile);
@@ -172,6 +174,8 @@ fn findings() {
         site.pki.credentials(&[authority], &[server]);
         says(level, expected);
     }
+    site.pki.credentials(&["ca"], &["node", "below"]);
+    says("", "");
     site.pki.credentials(&["ca"], &["server"]);
     let open = fs::Permissions::from_mode(0o644);
     fs::set_permissions(site.pki.credential("server.key"), open).unwrap();

@@ -125,6 +125,7 @@ fn only_tls_1_3_reaches_a_handshake() {
     {
         let printed = s_client(&site, arguments);
         assert!(printed.contains("node_uptime"), "{arguments}: {printed}");
+        assert!(printed.contains("No client certificate CA names sent"), "{printed}");
     }
 }
 
