@@ -58,6 +58,8 @@ pub struct Options {
     pub max_connections: usize,
     /// Names, in lower case, that the header `Host` may have beside those of this host.
     pub allow_hosts: Vec<String>,
+    /// Whether `GET /metrics` is there.
+    pub metrics: bool,
 }
 
 /// `HOST:PORT`, or `:PORT` for every address of the host.
@@ -77,6 +79,7 @@ impl Default for Options {
             openvpn_dir: "/run/openvpn-server".into(),
             max_connections: 256,
             allow_hosts: Vec::new(),
+            metrics: true,
         }
     }
 }
@@ -134,6 +137,13 @@ fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
                     return Err(format!("-allow-host {name}: is not a host name").into());
                 }
                 options.allow_hosts.push(name.to_ascii_lowercase());
+            }
+            "metrics" => {
+                options.metrics = match parser.value()?.to_str() {
+                    Some("yes") => true,
+                    Some("no") => false,
+                    _ => return Err(format!("-{flag}: must be yes or no").into()),
+                }
             }
             "json" if check => json = true,
             "version" => return Ok(Command::Version),
@@ -211,15 +221,16 @@ mod tests {
             openvpn_dir: "/tmp/o".into(),
             max_connections: 7,
             allow_hosts: vec!["vpn.example.org".to_owned(), "b_1".to_owned()],
+            metrics: false,
         };
         for line in [
-            "-wg-device wg1 -listen :41194 -openvpn-dir /tmp/o -max-connections 7 \
+            "-wg-device wg1 -listen :41194 -openvpn-dir /tmp/o -max-connections 7 -metrics no \
              -allow-host VPN.example.org -allow-host b_1",
-            "--wg-device wg1 --listen :41194 --openvpn-dir /tmp/o --max-connections 7 \
+            "--wg-device wg1 --listen :41194 --openvpn-dir /tmp/o --max-connections 7 --metrics no \
              -allow-host VPN.example.org -allow-host b_1",
-            "-wg-device=wg1 -listen=:41194 -openvpn-dir=/tmp/o -max-connections=7 \
+            "-wg-device=wg1 -listen=:41194 -openvpn-dir=/tmp/o -max-connections=7 -metrics=no \
              -allow-host=VPN.example.org -allow-host=b_1",
-            "--wg-device=wg1 --listen=:41194 --openvpn-dir=/tmp/o --max-connections=7 \
+            "--wg-device=wg1 --listen=:41194 --openvpn-dir=/tmp/o --max-connections=7 --metrics=no \
              -allow-host=VPN.example.org -allow-host=b_1",
         ] {
             assert_eq!(options(line), expected, "{line}");
@@ -277,6 +288,8 @@ mod tests {
             ("-listen [localhost]:1", "in brackets"),
             ("-listen host:http", "the port is not a number"),
             ("-listen :65536", "the port is not a number"),
+            ("-metrics maybe", "-metrics: must be yes or no"),
+            ("-metrics=", "-metrics: must be yes or no"),
             ("-max-connections 0", "-max-connections: must be 1 to 65536"),
             ("-max-connections 65537", "-max-connections: must be 1 to 65536"),
             ("-max-connections 18446744073709551615", "-max-connections: must be 1 to 65536"),

@@ -6,6 +6,7 @@ mod check;
 pub mod cli;
 pub mod front;
 mod logging;
+mod metrics;
 mod node;
 mod openvpn;
 mod rfc3339;
@@ -151,7 +152,10 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
         openvpn: Arc::clone(&openvpn),
         cpu_count: node::cpu_count(),
         lists: AtomicUsize::new(0),
+        tls: tls.clone(),
+        metrics: options.metrics,
     };
+    metrics::start(limit);
     server::start(inner_listener, node, failed).map_err(cannot("start the HTTP server"))?;
     let front_door = FrontDoor::open(tcp, limit, inner, tls.clone(), options.allow_hosts)
         .map_err(cannot("start the front door"))?;

@@ -11,16 +11,16 @@ use std::sync::{Condvar, LazyLock, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use log::{Level, LevelFilter, error, warn};
+use log::{Level, LevelFilter, Metadata, error, warn};
 
 use crate::{lock, rfc3339};
 
 /// The target of lines that say who changed what.
 pub(crate) const AUDIT: &str = "vpn_daemon::audit";
 
-/// How long a line of [`AUDIT`] waits for room before it is left out like any other, and the end of
-/// the process for the last lines.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How long a line of [`AUDIT`] waits for room before it is left out like any other, and with it the
+/// answer to its request; and the end of the process for the last lines.
+const PATIENCE: Duration = Duration::from_millis(300);
 /// Bytes of lines that wait to be written.
 const MAX_WAITING: usize = 256 * 1024;
 /// How long [`warn_seldom`] is quiet about what it has just said.
@@ -44,7 +44,7 @@ pub(crate) fn start() -> io::Result<()> {
         .target(env_logger::Target::Pipe(Box::new(io::sink())))
         .format(move |_, record| {
             let patience = if record.target() == AUDIT { PATIENCE } else { Duration::ZERO };
-            QUEUE.push(&line(journal, record.level(), &record.args().to_string()), patience);
+            QUEUE.push(&line(journal, record.metadata(), &record.args().to_string()), patience);
             Ok(())
         })
         .init();
@@ -107,7 +107,8 @@ impl Queue {
             self.changed.notify_all();
             if left_out > 0 {
                 let sentence = format!("{left_out} log lines were left out: nobody took them");
-                text.push_str(&line(journal, Level::Warn, &sentence));
+                let warning = Metadata::builder().level(Level::Warn).build();
+                text.push_str(&line(journal, &warning, &sentence));
             }
             // Nobody is left to tell when stderr is closed.
             let _ = out.write_all(text.as_bytes());
@@ -155,19 +156,20 @@ fn stderr_is_the_journal() -> bool {
     std::env::var("JOURNAL_STREAM").is_ok_and(|stream| stderr == Ok(stream))
 }
 
-fn line(journal: bool, level: Level, text: &str) -> String {
+fn line(journal: bool, of: &Metadata, text: &str) -> String {
     let text = one_line(text);
     match journal {
-        true => format!("<{}>{text}\n", priority(level)),
-        false => format!("{} {level:<5} {text}\n", rfc3339::format(SystemTime::now())),
+        true => format!("<{}>{text}\n", priority(of)),
+        false => format!("{} {:<5} {text}\n", rfc3339::format(SystemTime::now()), of.level()),
     }
 }
 
 /// The syslog priority that journald reads from the prefix `<N>` (sd-daemon(3)).
-fn priority(level: Level) -> u8 {
-    match level {
+fn priority(of: &Metadata) -> u8 {
+    match of.level() {
         Level::Error => 3,
         Level::Warn => 4,
+        Level::Info if of.target() == AUDIT => 5,
         Level::Info => 6,
         _ => 7,
     }
@@ -246,9 +248,10 @@ mod tests {
 
     #[test]
     fn priorities_are_those_of_syslog() {
-        assert_eq!(
-            [Level::Error, Level::Warn, Level::Info, Level::Debug, Level::Trace].map(priority),
-            [3, 4, 6, 7, 7]
-        );
+        let levels = [Level::Error, Level::Warn, Level::Info, Level::Debug, Level::Trace];
+        let of = |target| {
+            levels.map(|level| priority(&Metadata::builder().level(level).target(target).build()))
+        };
+        assert_eq!((of("vpn_daemon"), of(AUDIT)), ([3, 4, 6, 7, 7], [3, 4, 5, 7, 7]));
     }
 }

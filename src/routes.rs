@@ -13,8 +13,10 @@ use log::info;
 use crate::agent::Failure;
 use crate::api::{self, Error};
 use crate::logging::{AUDIT, warn_seldom};
+use crate::metrics::{self, OTHER};
 use crate::node;
 use crate::openvpn::{CommonName, OpenVpn};
+use crate::tls::Tls;
 use crate::wireguard::{self, AllowedIp, PublicKey, WireGuard};
 
 /// What the backends of one request may take in all: the client waits for 4 s.
@@ -23,6 +25,8 @@ const BACKEND_BUDGET: Duration = Duration::from_millis(2500);
 const ONLINE: Duration = Duration::from_secs(3 * 60);
 /// Bytes of peer lists that may be in memory at a time: two of the longest.
 const MAX_LISTS: usize = 64 << 20;
+/// Most allowed IPs of a change, and characters of an error, in the log: journald cuts at 48 KiB.
+const MAX_LOGGED: usize = 800;
 
 const FORM: &str = "application/x-www-form-urlencoded";
 const JSON: &str = "application/json";
@@ -35,6 +39,9 @@ pub(crate) struct Node {
     pub(crate) cpu_count: u64,
     /// Bytes of the peer lists that are arriving or being applied.
     pub(crate) lists: AtomicUsize,
+    pub(crate) tls: Option<Arc<Tls>>,
+    /// Whether there is the call `/metrics`.
+    pub(crate) metrics: bool,
 }
 
 /// A request whose head is complete and checked.
@@ -48,16 +55,21 @@ pub(crate) struct Request {
     pub(crate) body_length: usize,
     /// Why it is to be answered with 403, if it is.
     pub(crate) forbidden: Option<String>,
-    /// Who asks, for the log.
+    /// Who asks, for the log: `asked_by="COMMON NAME" address=ADDRESS`. Empty: the daemon itself.
     pub(crate) caller: String,
+    /// What the log says of a change, as it becomes known: ` NAME=VALUE` each. Text that others
+    /// have chosen goes through `{:?}`: it quotes, and escapes whatever ends the quotes, is not
+    /// printable or turns the direction of writing.
+    pub(crate) fields: String,
 }
 
 /// What the client is told.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    /// JSON; empty where the status is 204.
+    /// Empty where the status is 204.
     pub(crate) body: Vec<u8>,
+    pub(crate) media_type: &'static str,
     /// The methods that a call takes, where the status is 405.
     pub(crate) allow: Option<&'static str>,
 }
@@ -65,7 +77,7 @@ pub(crate) struct Answer {
 impl From<Error> for Answer {
     fn from(error: Error) -> Self {
         let body = api::error_body(&error.sentence).into_bytes();
-        Self { status: error.status, body, allow: None }
+        Self { status: error.status, body, media_type: JSON, allow: None }
     }
 }
 
@@ -87,35 +99,55 @@ impl Request {
 
 /// Answers one request. `body` is read only by calls that take one; it yields at most as many
 /// bytes as the front door lets through for the call.
-pub(crate) fn answer(node: &Node, request: &Request, body: &mut dyn Read) -> Answer {
+pub(crate) fn answer(node: &Node, request: &mut Request, body: &mut dyn Read) -> Answer {
     if let Some(sentence) = &request.forbidden {
         return Error::new(403, sentence).into();
     }
     let (methods, call): (_, Call) = match request.path() {
         "/i/node" => ("GET, HEAD", node_info),
+        "/metrics" if node.metrics => ("GET, HEAD", figures),
         "/w/peer_list" => ("GET, HEAD", peer_list),
         "/w/add_peer" => ("POST", add_peer),
         "/w/remove_peer" => ("POST", remove_peer),
         "/w/sync_peers" => ("POST", sync_peers),
         "/o/connection_list" => ("GET, HEAD", connection_list),
-        "/o/disconnect_client" => ("POST", disconnect_client),
+        "/o/disconnect_client" => ("POST", disconnect),
         path => return Error::new(404, format!("there is no call {path}")).into(),
     };
     if !methods.split(", ").any(|method| method == request.method) {
         let sentence = format!("{} takes only {}", request.path(), methods.replace(", ", " or "));
         return Answer { allow: Some(methods), ..Error::new(405, sentence).into() };
     }
-    call(node, request, body).unwrap_or_else(Answer::from)
+    call(node, request, body).unwrap_or_else(|error| {
+        let shown: String = error.sentence.chars().take(MAX_LOGGED).collect();
+        request.fields += &format!(" error={shown:?}");
+        error.into()
+    })
 }
 
-type Call = fn(&Node, &Request, &mut dyn Read) -> Result<Answer, Error>;
+/// Counts the answer to a client, and writes the one line for a change, whatever became of it.
+pub(crate) fn record(request: &Request, status: u16, time: Duration) {
+    let Request { method, caller, fields, .. } = request;
+    if caller.is_empty() {
+        return;
+    }
+    let (call, ms) = (request.path(), time.as_millis());
+    // Whoever may not ask has chosen the path freely.
+    metrics::answered(if matches!(status, 403 | 404) { OTHER } else { call }, status, time);
+    if method == "POST" && !matches!(status, 403..=405) {
+        let action = call.rsplit('/').next().unwrap_or_default();
+        info!(target: AUDIT, "audit action={action}{fields} {caller} result={status} ms={ms}");
+    }
+}
+
+type Call = fn(&Node, &mut Request, &mut dyn Read) -> Result<Answer, Error>;
 
 /// When the backends have to be done that are asked now.
 fn deadline() -> Instant {
     Instant::now() + BACKEND_BUDGET
 }
 
-fn node_info(node: &Node, request: &Request, _: &mut dyn Read) -> Result<Answer, Error> {
+fn node_info(node: &Node, request: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
     let with_counts = request.query().yes_or_no("include_client_peer_count")?;
     let load = node::load_average();
     let mut info = api::Node {
@@ -130,22 +162,38 @@ fn node_info(node: &Node, request: &Request, _: &mut dyn Read) -> Result<Answer,
     };
     if with_counts {
         let deadline = deadline();
-        // Both at once: what one of them takes is not the other's.
-        (info.o_client_count, info.w_peer_count) = thread::scope(|scope| {
-            let count = || counted("OpenVPN clients", count_clients(node, deadline));
-            let clients = thread::Builder::new().spawn_scoped(scope, count);
-            let peers = counted("WireGuard peers", count_peers(node, deadline));
-            let no_thread = |error| counted("OpenVPN clients", Err::<_, io::Error>(error));
-            (clients.map_or_else(no_thread, |count| count.join().ok().flatten()), peers)
-        });
+        (info.o_client_count, info.w_peer_count) =
+            both(|| count_clients(node, deadline), || count_peers(node, deadline));
     }
     json(&info)
 }
 
-/// A count that is not to be had is no reason for the call to fail.
-fn counted(of_what: &str, count: Result<usize, impl Display>) -> Option<usize> {
-    let log = |why: &_| warn_seldom(of_what, format_args!("no count of {of_what}: {why}"));
-    count.inspect_err(log).ok()
+/// Asks both at once: what one of them takes is not the other's. What is not to be had is no reason
+/// for the call to fail.
+pub(crate) fn both<A: Send, B>(
+    openvpn: impl FnOnce() -> Result<A, Failure> + Send,
+    wireguard: impl FnOnce() -> Result<B, Failure>,
+) -> (Option<A>, Option<B>) {
+    fn known<T>(of_what: &str, count: Result<T, impl Display>) -> Option<T> {
+        let log = |why: &_| warn_seldom(of_what, format_args!("no count of {of_what}: {why}"));
+        count.inspect_err(log).ok()
+    }
+    thread::scope(|scope| {
+        let clients = thread::Builder::new().spawn_scoped(scope, openvpn);
+        let peers = known("WireGuard peers", wireguard());
+        let clients = known("OpenVPN clients", clients).and_then(|thread| thread.join().ok());
+        (clients.and_then(|clients| known("OpenVPN clients", clients)), peers)
+    })
+}
+
+fn figures(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
+    let media_type = "text/plain; version=0.0.4; charset=utf-8";
+    Ok(Answer {
+        status: 200,
+        body: metrics::text(node, deadline()).into(),
+        media_type,
+        allow: None,
+    })
 }
 
 fn count_clients(node: &Node, deadline: Instant) -> Result<usize, Failure> {
@@ -161,36 +209,50 @@ fn count_peers(node: &Node, deadline: Instant) -> Result<usize, Failure> {
     Ok(peers.iter().filter(|peer| is_online(peer, now)).count())
 }
 
-fn peer_list(node: &Node, request: &Request, _: &mut dyn Read) -> Result<Answer, Error> {
+fn peer_list(node: &Node, request: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
     let show_all = request.query().yes_or_no("show_all")?;
     let (peers, now) = (node.wireguard.peers(deadline())?, SystemTime::now());
     let listed: Vec<_> = peers.iter().filter(|peer| show_all || is_online(peer, now)).collect();
     json(&api::PeerList { peer_list: &listed })
 }
 
-fn add_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
+fn add_peer(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
+    request.fields += &format!(" peer={public_key}");
     let allowed_ips: Vec<AllowedIp> = form.at_least_once("ip_net")?;
+    let shown: Vec<_> = allowed_ips.iter().take(MAX_LOGGED).map(ToString::to_string).collect();
+    let (shown, count) = (shown.join(","), allowed_ips.len());
+    request.fields += &format!(" allowed_ips={shown} count={count}");
     node.wireguard.add_peer(public_key, allowed_ips, &request.caller, deadline())?;
     Ok(NO_CONTENT)
 }
 
-fn remove_peer(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
+fn remove_peer(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let public_key: PublicKey = form.once("public_key")?;
+    request.fields += &format!(" peer={public_key}");
     match node.wireguard.remove_peer(public_key, &request.caller, deadline())? {
-        Some(peer) => json(&api::Peer::from(&peer)),
+        Some(peer) => {
+            request.fields += &format!(" bytes_in={} bytes_out={}", peer.rx_bytes, peer.tx_bytes);
+            json(&api::Peer::from(&peer))
+        }
         None => Ok(NO_CONTENT),
     }
 }
 
-fn sync_peers(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
+fn sync_peers(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result<Answer, Error> {
     require_type(request, JSON)?;
     let dry_run = request.query().yes_or_no("dry_run")?;
+    request.fields += if dry_run { " dry_run=yes" } else { " dry_run=no" };
     let mut room = Room { all: &node.lists, taken: 0 };
     let wanted = api::read_wanted(&read_list(request, body, &mut room)?)?;
     let synced = node.wireguard.sync_peers(wanted, dry_run, &request.caller, deadline())?;
+    let wireguard::Synced { added, updated, removed, unchanged } = &synced;
+    let [added, updated, removed] = [added.len(), updated.len(), removed.len()];
+    let counts =
+        format!(" added={added} updated={updated} removed={removed} unchanged={unchanged}");
+    request.fields += &counts;
     let removed: Vec<_> = synced.removed.iter().collect();
     json(&api::Synced {
         added: synced.added.iter().map(ToString::to_string).collect(),
@@ -228,19 +290,17 @@ fn read_list(request: &Request, body: &mut dyn Read, room: &mut Room) -> Result<
     }
 }
 
-fn connection_list(node: &Node, _: &Request, _: &mut dyn Read) -> Result<Answer, Error> {
+fn connection_list(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
     json(&api::ConnectionList::from(&node.openvpn.clients(deadline())?))
 }
 
-fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Result<Answer, Error> {
+fn disconnect(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result<Answer, Error> {
     let form = read_form(request, body)?;
     let name: CommonName = form.once("common_name")?;
+    request.fields += &format!(" common_name={:?}", name.as_str());
     let done = node.openvpn.disconnect(&name, &request.caller, deadline())?;
-    if !done.disconnected.is_empty() {
-        let counts = done.disconnected.iter().map(|(socket, count)| format!("{count} at {socket}"));
-        let counts = counts.collect::<Vec<_>>().join(", ");
-        let (name, caller) = (name.as_str(), &request.caller);
-        info!(target: AUDIT, "client {name:?}: disconnected {counts}, asked by {caller}");
+    for (socket, count) in &done.disconnected {
+        request.fields += &format!(" socket={socket:?} disconnected={count}");
     }
     match done.failed.is_empty() {
         true => Ok(NO_CONTENT),
@@ -248,16 +308,16 @@ fn disconnect_client(node: &Node, request: &Request, body: &mut dyn Read) -> Res
     }
 }
 
-fn is_online(peer: &wireguard::Peer, now: SystemTime) -> bool {
+pub(crate) fn is_online(peer: &wireguard::Peer, now: SystemTime) -> bool {
     // A handshake in the future is one from before the clock was set back.
     peer.last_handshake.is_some_and(|seen| now.duration_since(seen).unwrap_or_default() <= ONLINE)
 }
 
-const NO_CONTENT: Answer = Answer { status: 204, body: Vec::new(), allow: None };
+const NO_CONTENT: Answer = Answer { status: 204, body: Vec::new(), media_type: JSON, allow: None };
 
 fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
     match serde_json::to_vec(value) {
-        Ok(body) => Ok(Answer { status: 200, body, allow: None }),
+        Ok(body) => Ok(Answer { status: 200, body, media_type: JSON, allow: None }),
         Err(error) => Err(Error::new(500, format!("the answer could not be written: {error}"))),
     }
 }

@@ -13,6 +13,7 @@ use tiny_http::{Header, Request, Response, StatusCode};
 use crate::api::Error;
 use crate::front::head;
 use crate::logging::warn_seldom;
+use crate::metrics::{self, OTHER};
 use crate::routes::{self, Answer, Node};
 use crate::threads::Threads;
 use crate::unix;
@@ -30,7 +31,7 @@ pub(crate) fn start(
     let node = Arc::new(node);
     let shared = Arc::clone(&node);
     let answers = Threads::new("request", move |(http, request): (Request, routes::Request)| {
-        respond(http, &request, &shared);
+        respond(http, request, &shared);
     });
     // Started now: when it is needed there is none to be had.
     let (refusals, refused) = mpsc::channel();
@@ -43,7 +44,7 @@ pub(crate) fn start(
         };
         let request = view(&http);
         if request.is_immediate() {
-            respond(http, &request, &node);
+            respond(http, request, &node);
         } else if let Err(((http, _), error)) = answers.run((http, request)) {
             warn_seldom("request thread", format_args!("no thread for a request: {error}"));
             match http.body_length() {
@@ -76,32 +77,39 @@ fn view(http: &Request) -> routes::Request {
         let found = http.headers().iter().find(|header| header.field.equiv(name));
         found.map(|header| header.value.to_string())
     };
-    let address = header(head::CLIENT_ADDRESS).unwrap_or_default();
+    // As the front door has written it: a form with one name.
+    let own = |name| {
+        let value = header(name)?;
+        form_urlencoded::parse(value.as_bytes()).next().map(|(value, _)| value.into_owned())
+    };
+    let name = own(head::CLIENT_NAME).unwrap_or_default();
+    let caller = own(head::CLIENT_ADDRESS).map(|ip| format!("asked_by={name:?} address={ip}"));
     routes::Request {
         method: http.method().to_string(),
         target: http.url().to_owned(),
         content_type: header("Content-Type"),
         body_length: http.body_length().unwrap_or(0),
-        forbidden: header(head::FORBIDDEN),
-        caller: match header(head::CLIENT_NAME) {
-            Some(name) if !name.is_empty() => format!("{name:?} at {address}"),
-            _ => address,
-        },
+        forbidden: own(head::FORBIDDEN),
+        caller: caller.unwrap_or_default(),
+        fields: String::new(),
     }
 }
 
 fn refuse(mut http: Request) {
     pass_over(http.as_reader());
     let sentence = "the daemon has run out of threads; try again";
+    metrics::add("requests_total", &[("call", OTHER), ("status", "503")], 1.0);
     send(http, Error::new(503, sentence).into());
 }
 
-fn respond(mut http: Request, request: &routes::Request, node: &Node) {
-    let answer = AssertUnwindSafe(|| routes::answer(node, request, http.as_reader()));
-    let answer = catch_unwind(answer);
-    pass_over(http.as_reader());
+fn respond(mut http: Request, mut request: routes::Request, node: &Node) {
+    let started = Instant::now();
+    let answer = AssertUnwindSafe(|| routes::answer(node, &mut request, http.as_reader()));
     let sentence = "internal error; see the log of the daemon";
-    send(http, answer.unwrap_or_else(|_| Error::new(500, sentence).into()));
+    let answer: Answer = catch_unwind(answer).unwrap_or_else(|_| Error::new(500, sentence).into());
+    routes::record(&request, answer.status, started.elapsed());
+    pass_over(http.as_reader());
+    send(http, answer);
 }
 
 /// tiny_http would read what is left of a body into a buffer of that size.
@@ -111,9 +119,9 @@ fn pass_over(body: &mut dyn Read) {
 }
 
 fn send(http: Request, answer: Answer) {
-    let Answer { status, body, allow } = answer;
+    let Answer { status, body, media_type, allow } = answer;
     let mut headers = vec![("Server", "vpn-daemon"), ("Cache-Control", "no-store")];
-    headers.extend((!body.is_empty()).then_some(("Content-Type", "application/json")));
+    headers.extend((!body.is_empty()).then_some(("Content-Type", media_type)));
     headers.extend(allow.map(|methods| ("Allow", methods)));
     // The names and values above are ASCII, which is all that a header can be refused for.
     let headers = headers.iter().filter_map(|(name, value)| Header::from_bytes(*name, *value).ok());

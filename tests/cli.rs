@@ -116,8 +116,13 @@ fn log_lines_have_a_time_stamp_or_the_journals_prefix() {
     let mut command = Command::new("sh");
     let script = "export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); exec \"$0\" \"$@\"";
     command.args(["-c", script, DAEMON]);
-    let line = Daemon::start_as(command, &[], |_| {}).wait_for_log("listening");
+    let daemon = Daemon::start_as(command, &[], |_| {});
+    let line = daemon.wait_for_log("listening");
     assert!(line.starts_with("<6>listening on http://127.0.0.1:"), "{line}");
+    // A change is notable, also one that is refused.
+    assert_eq!(daemon.post("/w/add_peer", &[]).status, 400);
+    let line = daemon.wait_for_log("add_peer");
+    assert!(line.starts_with("<5>audit action=add_peer error="), "{line}");
 }
 
 #[test]

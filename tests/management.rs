@@ -326,8 +326,9 @@ fn disconnects_every_client_of_that_name() {
     for process in &processes {
         assert_eq!(process.names(), ["UNDEF", "bystander"]);
     }
-    let line = daemon.wait_for_log(r#"client "10.0.0.1:1194": disconnected"#);
-    assert!(line.contains("2 at Chatty, 2 at Healthy, 2 at Stalled, asked by 127."), "{line}");
+    let line = daemon.wait_for_log(r#"common_name="10.0.0.1:1194" socket"#);
+    let counts = ["Chatty", "Healthy", "Stalled"].map(|at| format!("socket={at:?} disconnected=2"));
+    assert!(line.contains(&counts.join(" ")), "{line}");
 }
 
 #[test]
@@ -339,7 +340,7 @@ fn disconnecting_goes_on_when_a_process_fails() {
     let daemon = daemon(&directory);
     assert_eq!(disconnect(&daemon, "c1").status, 504);
     assert_eq!(healthy.names(), ["c2"]);
-    daemon.wait_for_log(r#"client "c1": disconnected 1 at b, asked by"#);
+    daemon.wait_for_log(r#"common_name="c1" socket="b" disconnected=1 error="#);
 
     let _refuses = start("c", Mood::Reply("ERROR: out of order\r\n"));
     let answer = disconnect(&daemon, "c2");
@@ -364,10 +365,10 @@ fn a_process_that_ends_half_way_through_disconnecting() {
     let answer = disconnect(&daemon, "a:b");
     assert_eq!(answer.status, 502);
     assert!(answer.error().contains("in the middle of its reply"), "{}", answer.error());
-    daemon.wait_for_log(r#"client "a:b": disconnected 1 at s, asked by"#);
+    daemon.wait_for_log(r#"common_name="a:b" socket="s" disconnected=1 error="#);
     for reply in ["SUCCESS: 1 client(s) at address 127.0.0.1:5 killed\r\n", ">LOG:x\r\n"] {
         let _process = FakeOpenVpn::start(directory.join("t"), Mood::Reply(reply), vec![]);
         assert!(disconnect(&daemon, "c").status >= 500, "{reply}");
     }
-    assert!(!daemon.log().iter().any(|line| line.contains(r#"client "c": disconnected"#)));
+    assert!(!daemon.log().iter().any(|line| line.contains(r#"common_name="c" socket"#)));
 }

@@ -252,6 +252,6 @@ fn check_disconnect(daemon: &Daemon, clients: &mut Vec<(&str, Process)>) {
         });
     }
     let log = daemon.log();
-    let disconnected = log.iter().filter(|line| line.contains(": disconnected ")).count();
+    let disconnected = log.iter().filter(|line| line.contains(" disconnected=")).count();
     assert_eq!(disconnected, self::clients().len() - 1, "a line for each name: {log:#?}");
 }

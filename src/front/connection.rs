@@ -16,6 +16,7 @@ use super::head::{self, Head, Refusal};
 use super::table::{Phase, Place};
 use crate::api::error_body;
 use crate::logging::warn_seldom;
+use crate::metrics::{self, OTHER};
 use crate::tls::{self, Tls};
 
 /// For a TLS handshake.
@@ -66,6 +67,7 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
         let timed_out = Instant::now() >= *deadline;
         let error = if timed_out { io::ErrorKind::TimedOut.into() } else { error };
         let (kind, sentence) = tls::refusal(&error);
+        metrics::add("tls_handshakes_failed_total", &[("reason", &kind)], 1.0);
         warn_seldom(&kind, format_args!("refused handshake of {address}: {sentence}"));
         // The alert that says why is sent already; what the client sends meanwhile must not reset
         // the connection before it is read.
@@ -80,7 +82,7 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
         door,
         place,
         address: address.to_string(),
-        name: name.map(|name| name.escape_default().to_string()),
+        name,
         generation,
         ends: Instant::now() + left.unwrap_or(LIFE_TIME).min(LIFE_TIME),
         stream,
@@ -149,6 +151,7 @@ impl Connection<'_> {
                 break;
             }
             if !self.place.begin(Instant::now() + ANSWER_TIME)? {
+                metrics::add("connections_refused_total", &[("reason", "limit")], 1.0);
                 return Err(refusal(503, "the connection limit is reached; try again"));
             }
             let idle = self.ends.min(Instant::now() + IDLE_TIME);
@@ -268,6 +271,7 @@ impl Connection<'_> {
 
     /// Answers with an error and ends the connection; what else the client sends is thrown away.
     fn refuse(&mut self, Refusal { status, reason }: Refusal) -> io::Result<()> {
+        metrics::add("requests_total", &[("call", OTHER), ("status", &status.to_string())], 1.0);
         let body = error_body(reason);
         let phrase = tiny_http::StatusCode(status).default_reason_phrase();
         let mut answer = format!(

@@ -64,21 +64,15 @@ impl Head {
     /// The head to pass on: request line, the few headers that handlers read, `extra`, blank line.
     ///
     /// It keeps the client's HTTP version (so that the answer is framed in a way the client
-    /// knows) and always asks for the connection to be kept. Values in `extra` are made safe:
-    /// what is not printable ASCII, and `%`, is percent-encoded. Names must be header names.
+    /// knows) and always asks for the connection to be kept. Values in `extra` are made safe: they
+    /// are encoded as in a form. Names must be header names.
     #[must_use]
     pub fn rewritten(&self, extra: &[(&str, &str)]) -> Vec<u8> {
         let mut head = self.lines.clone();
         for (name, value) in extra {
             head.push_str(name);
             head.push_str(": ");
-            for byte in value.bytes() {
-                match byte {
-                    b' '..=b'~' if byte != b'%' => head.push(char::from(byte)),
-                    // Writing to a string cannot fail.
-                    _ => drop(write!(head, "%{byte:02X}")),
-                }
-            }
+            head.extend(form_urlencoded::byte_serialize(value.as_bytes()));
             head.push_str("\r\n");
         }
         head.push_str("\r\n");
@@ -585,7 +579,7 @@ mod tests {
         assert!(!String::from_utf8(head.rewritten(&[])).unwrap().contains("forged"));
         let name = head.rewritten(&[(head::CLIENT_NAME, "a\r\nContent-Length: 5\r\n\r\n% \0é")]);
         assert!(
-            name.ends_with(b"-Name: a%0D%0AContent-Length: 5%0D%0A%0D%0A%25 %00%C3%A9\r\n\r\n")
+            name.ends_with(b"-Name: a%0D%0AContent-Length%3A+5%0D%0A%0D%0A%25+%00%C3%A9\r\n\r\n")
         );
     }
 

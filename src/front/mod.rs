@@ -29,6 +29,7 @@ use table::Table;
 use crate::cli::ListenAddress;
 use crate::lock;
 use crate::logging::warn_seldom;
+use crate::metrics;
 use crate::threads::Threads;
 use crate::tls::Tls;
 
@@ -207,9 +208,11 @@ impl Door {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         let deadline = connection::first_deadline(self.tls.is_some());
         let Some(place) = self.table.admit(Arc::clone(&socket), address.ip(), deadline) else {
+            metrics::add("connections_refused_total", &[("reason", "crowded")], 1.0);
             return warn_seldom("threads", format_args!("no thread is free for {}", address.ip()));
         };
         if let Err((visitor, error)) = threads.run(Visitor { socket, address, place, deadline }) {
+            metrics::add("connections_refused_total", &[("reason", "threads")], 1.0);
             self.relieve("no thread for a connection", &error);
             drop(visitor);
         }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::lock;
+use crate::{lock, metrics};
 
 /// Most connections beyond the limit: newcomers whose request is not complete, that wait for a
 /// place, or that are being told 503.
@@ -74,7 +74,10 @@ impl Slot {
         }
     }
 
-    fn close(&mut self) {
+    fn close(&mut self, reason: &str) {
+        if !self.closed {
+            metrics::add("connections_evicted_total", &[("reason", reason)], 1.0);
+        }
         let how = if self.phase == Phase::Idle && !self.closed {
             // It only reads, and may still say that this is the end.
             self.deadline = Instant::now() + GOODBYE_TIME;
@@ -110,8 +113,8 @@ impl State {
     }
 
     /// Closes the connection whose turn it is. Whether there is one.
-    fn evict(&mut self, over_limit: bool) -> bool {
-        self.first_to_go(over_limit).map(Slot::close).is_some()
+    fn evict(&mut self, over_limit: bool, reason: &str) -> bool {
+        self.first_to_go(over_limit).map(|slot| slot.close(reason)).is_some()
     }
 
     /// Frees a place for a request, complete or not. A newcomer does not take that of another one,
@@ -119,7 +122,7 @@ impl State {
     fn free_place(&mut self, is_complete: bool) -> bool {
         let Some(slot) = self.first_to_go(false) else { return false };
         if slot.phase <= Phase::Idle {
-            slot.close();
+            slot.close("limit");
         } else {
             slot.over_limit = is_complete;
         }
@@ -150,7 +153,7 @@ impl Table {
         }
         let is_full = state.open(false) + state.queued >= self.limit;
         let over_limit = is_full && !(state.queued == 0 && state.free_place(false));
-        if over_limit && state.open(true) >= self.over_limit && !state.evict(true) {
+        if over_limit && state.open(true) >= self.over_limit && !state.evict(true, "limit") {
             return None;
         }
         let id = state.next_id;
@@ -158,6 +161,7 @@ impl Table {
         let (phase, since, closed) = (Phase::Silent, Instant::now(), false);
         let slot = Slot { stream, network, phase, since, deadline, over_limit, closed };
         state.slots.insert(id, slot);
+        metrics::add("connections", &[], 1.0);
         Some(Place { table: Arc::clone(self), id })
     }
 
@@ -165,12 +169,13 @@ impl Table {
     /// something.
     pub(super) fn shed(&self, count: usize) -> usize {
         let mut state = lock(&self.state);
-        (0..count).take_while(|_| state.evict(true) || state.evict(false)).count()
+        let mut evict = |over_limit| state.evict(over_limit, "resources");
+        (0..count).take_while(|_| evict(true) || evict(false)).count()
     }
 
     /// Closes the connections that wait for their next request.
     pub(super) fn close_idle(&self) {
-        self.close(|slot| slot.phase == Phase::Idle);
+        self.close("reload", |slot| slot.phase == Phase::Idle);
     }
 
     /// Closes idle connections, and from now on every other one after its answer.
@@ -188,16 +193,16 @@ impl Table {
     /// Closes connections whose time is over.
     pub(super) fn close_late(&self, now: Instant) {
         let stop_at = lock(&self.state).stop_at;
-        self.close(|slot| {
+        self.close("deadline", |slot| {
             let grace_is_over = stop_at.is_some_and(|at| now >= at);
             let has_asked = matches!(slot.phase, Phase::UnderWay | Phase::Stalled);
             now >= slot.deadline || (grace_is_over && !has_asked)
         });
     }
 
-    fn close(&self, which: impl Fn(&Slot) -> bool) {
+    fn close(&self, reason: &str, which: impl Fn(&Slot) -> bool) {
         let mut state = lock(&self.state);
-        state.slots.values_mut().filter(|slot| which(slot)).for_each(Slot::close);
+        state.slots.values_mut().filter(|slot| which(slot)).for_each(|slot| slot.close(reason));
         self.freed.notify_all();
     }
 }
@@ -258,7 +263,7 @@ impl Place {
         let slot = state.slots.get_mut(&self.id).filter(|slot| !slot.closed).ok_or_else(lost)?;
         change(slot);
         if (wanted && slot.phase <= Phase::Idle) || (stopping && slot.phase == Phase::Idle) {
-            slot.close();
+            slot.close("limit");
             return Err(lost());
         }
         Ok(())
@@ -308,6 +313,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut state = lock(&self.table.state);
         state.slots.remove(&self.id);
+        metrics::add("connections", &[], -1.0);
         if state.queued > 0 || state.stop_at.is_some() {
             self.table.freed.notify_all();
         }

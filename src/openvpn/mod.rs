@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use crate::agent::{Agent, Answer, Failure, FailureKind};
-use crate::lock;
+use crate::{lock, metrics};
 pub(crate) use management::probe;
 
 /// Most sockets that one call asks.
@@ -88,6 +88,9 @@ pub(crate) struct OpenVpn {
     agents: Mutex<HashMap<PathBuf, Arc<SocketAgent>>>,
 }
 
+/// What sockets answered, by file name, `None` where there is no process; and which failed.
+pub(crate) type Answers<T> = (Vec<(String, Option<T>)>, Vec<SocketFailure>);
+
 /// Its list is `None` where there is no process.
 type SocketAgent = Agent<Option<Arc<Vec<Client>>>>;
 
@@ -108,17 +111,30 @@ impl OpenVpn {
     /// # Errors
     /// The directory cannot be read, or no process could be asked though some are there.
     pub(crate) fn clients(&self, deadline: Instant) -> Result<Listing, Failure> {
-        let (answers, failed) = self.ask(deadline, |agent, socket| {
-            let socket = socket.to_owned();
-            agent.list(deadline, move |deadline| {
-                there(management::list(&socket, deadline).map(Arc::new))
-            })
-        })?;
-        let processes: Vec<_> = answers.into_iter().flatten().collect();
+        let (answers, failed) = self.lists(deadline)?;
+        let processes: Vec<_> = answers.into_iter().filter_map(|(_, clients)| clients).collect();
         if processes.is_empty() && !failed.is_empty() {
             return Err(self.failure(&failed));
         }
         Ok(Listing { processes, failed })
+    }
+
+    /// The clients of each process, by `deadline`.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub(crate) fn lists(&self, deadline: Instant) -> Result<Answers<Arc<Vec<Client>>>, Failure> {
+        self.ask(deadline, |agent, socket| {
+            let socket = socket.to_owned();
+            agent.list(deadline, move |deadline| {
+                let started = Instant::now();
+                there(management::list(&socket, deadline).map(|clients| {
+                    let (socket, time) = (file_name(&socket), started.elapsed().as_secs_f64());
+                    metrics::set("openvpn_answer_seconds", &[("socket", &socket)], time);
+                    Arc::new(clients)
+                }))
+            })
+        })
     }
 
     /// Disconnects all clients of that name from all processes, even when some processes fail, by
@@ -143,7 +159,7 @@ impl OpenVpn {
             let (name, socket, count) = (name.clone(), socket.to_owned(), Arc::default());
             counts.push((file_name(&socket), Arc::clone(&count)));
             let (client, at) = (name.as_str(), socket.display());
-            let what = format!("disconnecting {client:?} at {at}, asked by {asked_by}");
+            let what = format!("disconnecting {client:?} at {at}, {asked_by}");
             agent.change(deadline, what, move |deadline| {
                 there(management::disconnect(&socket, &name, deadline, &count))
             })
@@ -168,7 +184,7 @@ impl OpenVpn {
         &self,
         deadline: Instant,
         mut begin: impl FnMut(&Arc<SocketAgent>, &Path) -> Result<Answer<Option<T>>, Failure>,
-    ) -> Result<(Vec<Option<T>>, Vec<SocketFailure>), Failure> {
+    ) -> Result<Answers<T>, Failure> {
         let budget = deadline.saturating_duration_since(Instant::now());
         let mut sockets = self.sockets()?;
         let excess = sockets.split_off(sockets.len().min(MAX_SOCKETS));
@@ -179,7 +195,7 @@ impl OpenVpn {
         let (mut answers, mut failed) = (Vec::new(), Vec::new());
         for (socket, job) in sockets.iter().zip(jobs) {
             match job.and_then(|job| job.wait(deadline)) {
-                Ok(answer) => answers.push(answer),
+                Ok(answer) => answers.push((file_name(socket), answer)),
                 Err(failure) => failed.push(socket_failure(socket, failure, budget)),
             }
         }
@@ -200,6 +216,7 @@ impl OpenVpn {
             agent.or_insert_with(|| Agent::new(socket.display().to_string())).clone()
         };
         let asked = sockets.iter().map(&mut agent).collect();
+        metrics::keep_sockets(&sockets.iter().map(|socket| file_name(socket)).collect());
         if agents.len() > sockets.len() {
             agents.retain(|_, agent| Arc::strong_count(agent) > 1);
         }
@@ -269,6 +286,9 @@ fn there<T>(result: io::Result<T>) -> Result<Option<T>, Failure> {
 fn socket_failure(socket: &Path, failure: Failure, budget: Duration) -> SocketFailure {
     let Failure { kind, sentence } = failure;
     let path = socket.display();
+    let reason = if kind == FailureKind::Timeout { "timeout" } else { "failed" };
+    let labels = [("socket", &*file_name(socket)), ("reason", reason)];
+    metrics::add("openvpn_failures_total", &labels, 1.0);
     let error = if kind == FailureKind::Timeout {
         debug!("{path} did not answer: {sentence}");
         format!("did not answer within {:.1} s", budget.as_secs_f64())

@@ -12,6 +12,7 @@ use wireguard_uapi::linux::set;
 use super::sync::batches;
 use super::{AllowedIp, Applied, Backend, Change, DeviceName, Peer, PublicKey, Snapshot, dump};
 use crate::agent::{Failure, FailureKind};
+use crate::metrics;
 
 /// How often a disturbed dump is started again.
 const TRIES: u32 = 50;
@@ -47,6 +48,7 @@ impl Backend for Kernel<'_> {
             if let Some(snapshot) = dump.map_err(|errno| failure(self.device, errno))? {
                 return Ok(snapshot);
             }
+            metrics::add("wireguard_lists_restarted_total", &[], 1.0);
             // Bursts of changes pass: give them more and more time.
             let pause = Duration::from_millis(attempt.min(20).into());
             if Instant::now() + pause >= self.deadline {

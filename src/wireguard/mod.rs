@@ -13,8 +13,7 @@ use log::info;
 use nix::errno::Errno;
 
 use crate::agent::{Agent, Failure, FailureKind};
-use crate::lock;
-use crate::logging::AUDIT;
+use crate::{lock, metrics};
 use kernel::Kernel;
 use sync::Change;
 pub use sync::{Synced, WantedPeer};
@@ -64,7 +63,12 @@ impl WireGuard {
     /// All peers. Callers who wait at the same time share one list.
     pub(crate) fn peers(&self, deadline: Instant) -> Result<Arc<Vec<Peer>>, Failure> {
         let device = Arc::clone(&self.device);
-        let read = move |deadline| Ok(Arc::new(device.open(deadline)?.snapshot()?.peers));
+        let read = move |deadline| {
+            let started = Instant::now();
+            let peers = device.open(deadline)?.snapshot()?.peers;
+            metrics::listed(&peers, started);
+            Ok(Arc::new(peers))
+        };
         self.agent.list(deadline, read)?.wait(deadline)
     }
 
@@ -80,12 +84,7 @@ impl WireGuard {
         deadline: Instant,
     ) -> Result<(), Failure> {
         let what = format!("adding peer {key}");
-        self.change(deadline, asked_by, what, move |backend, name, asked_by| {
-            backend.add(key, &allowed_ips)?;
-            let ips = allowed_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            info!(target: AUDIT, "peer {key} on {name}: set to allowed IPs {ips}, asked by {asked_by}");
-            Ok(())
-        })
+        self.change(deadline, asked_by, what, move |backend, _, _| backend.add(key, &allowed_ips))
     }
 
     /// Removes the peer and returns it with its final counters; `None` where there was none.
@@ -102,7 +101,11 @@ impl WireGuard {
                 return Ok(None);
             };
             backend.apply(&[Change::Remove(key)], &present, &mut |_| ())?;
-            info!(target: AUDIT, "{}", removed(peer, name, asked_by));
+            metrics::removed(peer);
+            if Instant::now() >= deadline {
+                // Its counters are not to be lost with an answer that comes too late.
+                info!("{}", removed(peer, name, asked_by));
+            }
             Ok(Some(peer.clone()))
         })
     }
@@ -140,17 +143,12 @@ impl WireGuard {
             let result = backend.apply(&changes, &present, &mut |done| {
                 // Their counters are not to be lost with an answer that comes too late.
                 for peer in synced.removed.iter().take(done).skip(applied) {
+                    metrics::removed(peer);
                     info!("{}", removed(peer, name, asked_by));
                 }
                 applied = done;
                 *lock(&shared) = (changes.len(), applied);
             });
-            let ([gone, updated, added], unchanged) = (synced.counts(applied), synced.unchanged);
-            info!(
-                target: AUDIT,
-                "{name}: {added} peers added, {updated} updated, {gone} removed, \
-                 {unchanged} left as they are, asked by {asked_by}"
-            );
             result.map(|()| synced)
         });
         synced.map_err(|Failure { kind, sentence }| {
@@ -176,7 +174,7 @@ impl WireGuard {
         operation: impl FnOnce(&dyn Backend, &DeviceName, &str) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
         let (device, asked_by) = (Arc::clone(&self.device), asked_by.to_owned());
-        let what = format!("{what} on {}, asked by {asked_by}", device.name);
+        let what = format!("{what} on {}, {asked_by}", device.name);
         let change = move |deadline| operation(&*device.open(deadline)?, &device.name, &asked_by);
         self.agent.change(deadline, what, change)?.wait(deadline)
     }
@@ -204,9 +202,7 @@ impl Device {
 
 fn removed(peer: &Peer, device: &DeviceName, asked_by: &str) -> String {
     let Peer { public_key: key, rx_bytes: rx, tx_bytes: tx, .. } = peer;
-    format!(
-        "peer {key} on {device}: removed after {rx} bytes in, {tx} bytes out, asked by {asked_by}"
-    )
+    format!("peer {key} on {device}: removed after {rx} bytes in, {tx} bytes out, {asked_by}")
 }
 
 fn refuse_own_key(

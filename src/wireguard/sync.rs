@@ -102,15 +102,6 @@ pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, V
     (synced, changes)
 }
 
-impl Synced {
-    /// How many peers were removed, updated and added by the first `changes` of its changes.
-    pub(super) fn counts(&self, changes: usize) -> [usize; 3] {
-        let removed = changes.min(self.removed.len());
-        let updated = (changes - removed).min(self.updated.len());
-        [removed, updated, changes - removed - updated]
-    }
-}
-
 /// Cuts the changes into batches of at most so many peers and allowed IPs; a peer that has more stands
 /// alone.
 pub(super) fn batches<'b, 'a>(
@@ -198,8 +189,6 @@ mod tests {
         let removed = vec![present[2].clone()];
         let (added, updated) = (vec![key(5)], vec![key(2)]);
         assert_eq!(synced, Synced { added, updated, removed, unchanged: 2 });
-        let counts = [0, 1, 2, 3].map(|changes| synced.counts(changes));
-        assert_eq!(counts, [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]);
         assert_eq!(plan(&[], &[]), (Synced::default(), vec![]));
     }
 

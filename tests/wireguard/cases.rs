@@ -72,9 +72,10 @@ fn add_list_remove(kind: Kind) {
     peers.remove(1);
     device.has(&peers);
     assert_eq!(device.remove(&key(1)).status, 204);
-    for line in ["set to allowed IPs fd00:1::1/128", "removed after 0 bytes in, 0 bytes out"] {
-        let line = format!("peer {} on {}: {line}, asked by 127.0.0.1:", key(1), device.name);
-        device.daemon.wait_for_log(&line);
+    for (action, fields) in
+        [("add", "allowed_ips=fd00:1::1/128"), ("remove", "bytes_in=0 bytes_out=0")]
+    {
+        device.daemon.wait_for_log(&format!("audit action={action}_peer peer={} {fields}", key(1)));
     }
 }
 
@@ -308,7 +309,7 @@ fn sync_adds_updates_removes(kind: Kind) {
     assert_eq!(sync(&[])["removed"].as_array().unwrap().len(), 4);
     for line in [
         format!("peer {} on {}: removed after 0 bytes in", key(4), device.name),
-        format!("{}: 1 peers added, 2 updated, 1 removed, 1 left as they are", device.name),
+        "audit action=sync_peers dry_run=no added=1 updated=2 removed=1 unchanged=1".to_owned(),
     ] {
         device.daemon.wait_for_log(&line);
     }
