@@ -181,3 +181,47 @@ fn sample(name: &str, labels: &[(&str, impl ToString)], value: f64) -> String {
 fn seconds(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(key: u8, received: u64) -> Peer {
+        let (allowed_ips, last_handshake) = (vec![], None);
+        let public_key = [key; 32].into();
+        Peer { public_key, allowed_ips, last_handshake, rx_bytes: received, tx_bytes: 0 }
+    }
+
+    /// The first list is where they begin; a peer that goes leaves its bytes.
+    #[test]
+    fn totals_never_go_down() {
+        let total = || lock(&SAMPLES)[&("wireguard_received_bytes_total", vec![])];
+        for (list, expected) in [
+            (&[peer(1, 1000)][..], 0.0),
+            (&[peer(1, 1100), peer(2, 10)], 110.0),
+            (&[peer(2, 20)], 110.0),
+            (&[peer(2, 25)], 115.0),
+        ] {
+            listed(list, Instant::now());
+            assert_eq!(total(), expected);
+        }
+        // It is known what it had received in the end.
+        removed(&peer(2, 30));
+        listed(&[], Instant::now());
+        assert_eq!(total(), 120.0);
+    }
+
+    #[test]
+    fn labels_and_buckets() {
+        let text = sample("x", &[("a", "q\"\\\n"), ("b", "é")], 0.5);
+        assert_eq!(text, "vpn_daemon_x{a=\"q\\\"\\\\\\n\",b=\"é\"} 0.5\n");
+        assert_eq!(sample("x", &[("", ""); 0], 1e20), "vpn_daemon_x 100000000000000000000\n");
+        for milliseconds in [5, 6, 3000, 9000] {
+            answered("/test", 200, Duration::from_millis(milliseconds));
+        }
+        let text = written(&Samples::new(), &lock(&DURATIONS).clone());
+        let lines = text.lines().filter(|line| line.contains("{call=\"/test\""));
+        let values: Vec<_> = lines.map(|line| line.split_once("} ").unwrap().1).collect();
+        assert_eq!(values, ["1", "2", "2", "2", "2", "2", "3", "4", "12.011", "4"]);
+    }
+}
