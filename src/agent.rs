@@ -26,38 +26,32 @@ type Work = Box<dyn FnOnce() + Send>;
 /// more.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// Why a backend did not do what it was asked.
+/// Why a backend did not do what it was asked: a sentence that names the device or socket, what is
+/// wrong with it and what to do about it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Failure {
-    pub(crate) kind: FailureKind,
-    /// Names the device or socket, what is wrong with it and what to do about it.
-    pub(crate) sentence: String,
-}
-
-/// Whose fault it is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum FailureKind {
+pub(crate) enum Failure {
     /// What the caller asks for cannot be.
-    Invalid,
+    Invalid(String),
     /// The backend refused, failed or spoke nonsense.
-    Failed,
+    Failed(String),
     /// The backend did not answer in time.
-    Timeout,
+    Timeout(String),
 }
 
 impl Failure {
-    pub(crate) fn new(kind: FailureKind, sentence: impl Into<String>) -> Self {
-        Self { kind, sentence: sentence.into() }
-    }
-
-    pub(crate) fn is_timeout(&self) -> bool {
-        self.kind == FailureKind::Timeout
+    /// Goes on after the sentence.
+    pub(crate) fn with(mut self, more: &str) -> Self {
+        let (Self::Invalid(sentence) | Self::Failed(sentence) | Self::Timeout(sentence)) =
+            &mut self;
+        *sentence += more;
+        self
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)
+        let (Self::Invalid(sentence) | Self::Failed(sentence) | Self::Timeout(sentence)) = self;
+        f.write_str(sentence)
     }
 }
 
@@ -126,7 +120,7 @@ impl<L: Clone + Send + 'static> Agent<L> {
                 let taken = callers.iter().filter(|(_, to)| to.send(result.clone()).is_ok());
                 if taken.count() == 0 {
                     let outcome =
-                        result.map_or_else(|failure| failure.sentence, |_| "whole".into());
+                        result.map_or_else(|failure| failure.to_string(), |_| "whole".into());
                     let text = format!("{name}: its list ended after its time-out: {outcome}");
                     warn_seldom("late list", text);
                 }
@@ -150,7 +144,8 @@ impl<L: Clone + Send + 'static> Agent<L> {
         let (sender, receiver) = channel();
         let work = Box::new(move |deadline| {
             if let Err(late) = sender.send(change(deadline)) {
-                let outcome = late.0.map_or_else(|failure| failure.sentence, |_| "done".to_owned());
+                let outcome =
+                    late.0.map_or_else(|failure| failure.to_string(), |_| "done".to_owned());
                 warn!("{what}: ended after its time-out: {outcome}");
             }
         });
@@ -163,8 +158,7 @@ impl<L: Clone + Send + 'static> Agent<L> {
         if !queue.has_thread {
             let agent = Arc::clone(self);
             THREADS.run(Box::new(move || agent.work())).map_err(|(_, error)| {
-                let sentence = format!("{} cannot be asked: no thread for it: {error}", self.name);
-                Failure::new(FailureKind::Failed, sentence)
+                Failure::Failed(format!("{} cannot be asked: no thread for it: {error}", self.name))
             })?;
             queue.has_thread = true;
         }
@@ -199,15 +193,12 @@ impl<T> Answer<T> {
         result.unwrap_or_else(|why| match why {
             // A job that is late is not begun.
             why if why == RecvTimeoutError::Timeout || Instant::now() >= deadline => {
-                Err(Failure::new(
-                    FailureKind::Timeout,
-                    format!("{} did not answer in time: try again", self.name),
-                ))
+                Err(Failure::Timeout(format!("{} did not answer in time: try again", self.name)))
             }
-            _ => Err(Failure::new(
-                FailureKind::Failed,
-                format!("{} cannot be asked: internal error; see the daemon's log", self.name),
-            )),
+            _ => Err(Failure::Failed(format!(
+                "{} cannot be asked: internal error; see the daemon's log",
+                self.name
+            ))),
         })
     }
 }
@@ -245,9 +236,9 @@ mod tests {
             .unwrap();
         let deadline = soon(50);
         let failure = agent.list(deadline, |_| Ok(1)).unwrap().wait(deadline).unwrap_err();
-        assert_eq!(failure.sentence, "socket x did not answer in time: try again");
-        assert!(failure.is_timeout());
-        assert!(late.wait(soon(0)).unwrap_err().is_timeout());
+        let sentence = "socket x did not answer in time: try again";
+        assert_eq!(failure, Failure::Timeout(sentence.to_owned()));
+        assert!(matches!(late.wait(soon(0)), Err(Failure::Timeout(_))));
         assert!(given_up.wait(soon(0)).is_err());
         go_on.wait();
         assert_eq!((first.wait(soon(60_000)), joined.wait(soon(60_000))), (Ok(1), Ok(1)));
@@ -258,10 +249,7 @@ mod tests {
         let agent: Arc<Agent<u8>> = Agent::new("x");
         let answer = agent.list(soon(60_000), |_| panic!("meant to")).unwrap();
         let failure = answer.wait(soon(60_000)).unwrap_err();
-        assert_eq!(
-            (failure.kind, failure.sentence.contains("internal")),
-            (FailureKind::Failed, true)
-        );
+        assert!(matches!(failure, Failure::Failed(why) if why.contains("internal")));
         assert_eq!(agent.list(soon(60_000), |_| Ok(1)).unwrap().wait(soon(60_000)), Ok(1));
     }
 
@@ -289,6 +277,6 @@ mod tests {
         // What comes too late is not begun, and that is a time-out.
         let late = agent.change(soon(0), "x".to_owned(), |_| Ok(())).unwrap();
         go_on.wait();
-        assert!(late.wait(soon(0)).unwrap_err().is_timeout());
+        assert!(matches!(late.wait(soon(0)), Err(Failure::Timeout(_))));
     }
 }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::agent::{Failure, FailureKind};
+use crate::agent::Failure;
 use crate::wireguard::{AllowedIp, PublicKey, WantedPeer};
 use crate::{openvpn, rfc3339, wireguard};
 
@@ -129,12 +129,11 @@ pub(crate) fn error_body(sentence: &str) -> String {
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
-        let status = match failure.kind {
-            FailureKind::Invalid => 400,
-            FailureKind::Failed => 502,
-            FailureKind::Timeout => 504,
-        };
-        Self::new(status, failure.sentence)
+        match failure {
+            Failure::Invalid(sentence) => Self::new(400, sentence),
+            Failure::Failed(sentence) => Self::new(502, sentence),
+            Failure::Timeout(sentence) => Self::new(504, sentence),
+        }
     }
 }
 

@@ -92,15 +92,14 @@ fn daemon(options: Options) -> ExitCode {
 /// The C library keeps the memory that long lists took, 64 MiB and more of it for each thread, unless it
 /// is told otherwise when the process starts. The unit does.
 fn start_over() {
-    const TUNABLES: &str = "GLIBC_TUNABLES";
     // The dynamic linker takes the other away from a program with capabilities of its own.
     const AGAIN: &str = "VPN_DAEMON_AGAIN";
-    if [TUNABLES, AGAIN].iter().all(|name| std::env::var_os(name).is_none())
+    if ["GLIBC_TUNABLES", AGAIN].iter().all(|name| std::env::var_os(name).is_none())
         && let Ok(program) = std::env::current_exe()
     {
         let mut again = process::Command::new(program);
         again.args(std::env::args_os().skip(1)).env(AGAIN, "yes");
-        again.env(TUNABLES, "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0");
+        again.env("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0");
         // It comes back only where it fails, and then it is this process that goes on.
         let _ = again.exec();
     }
@@ -143,10 +142,10 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     // Here and not in the threads that use it: it goes however this function ends.
     let directory = InnerDirectory::below(&parent).map_err(no_inner())?;
     let (inner, inner_listener) = Inner::open(&directory, failed).map_err(no_inner())?;
-    let inner_socket = inner.socket().to_owned();
+    let inner_socket = inner.socket.clone();
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
-    let status = || systemd::status(&url, options.wg_device.as_str(), &openvpn);
+    let status = || systemd::status(&url, &options.wg_device, &openvpn);
     let node = routes::Node {
         wireguard: wireguard::WireGuard::new(options.wg_device.clone()),
         openvpn: Arc::clone(&openvpn),

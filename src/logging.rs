@@ -176,7 +176,7 @@ fn priority(of: &Metadata) -> u8 {
 }
 
 /// Text from outside cannot start a log line of its own or steer a terminal.
-fn one_line(text: &str) -> String {
+pub(crate) fn one_line(text: &str) -> String {
     let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
     text.chars().map(shown).collect()
 }

@@ -133,7 +133,7 @@ pub(crate) fn text(node: &routes::Node, deadline: Instant) -> String {
         }
     }
     for (minutes, load) in ["1", "5", "15"].into_iter().zip(node::load_average()) {
-        set("node_load_average", &[("minutes", minutes)], load.value());
+        set("node_load_average", &[("minutes", minutes)], f64::from(load) / 100.0);
     }
     set("node_uptime_seconds", &[], node::uptime() as f64);
     set("maintenance_mode", &[], f64::from(node::maintenance_mode()));

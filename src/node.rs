@@ -12,34 +12,18 @@ use nix::unistd::Pid;
 /// The operator creates this path to take the node out of service.
 pub(crate) const MAINTENANCE_FLAG: &str = "/run/vpn-daemon/maintenance-mode";
 
-/// A load average in hundredths, so that arithmetic on it is exact.
-#[derive(Clone, Copy)]
-pub(crate) struct Load(u64);
-
-impl Load {
-    /// Rounds as the kernel does for `/proc/loadavg` (fs/proc/loadavg.c), from its own unit.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it is a whole number there
-    fn new(load: f64) -> Self {
-        let fixed_point = (load * 2048.0) as u64 + 2048 / 200;
-        Self(fixed_point * 100 / 2048)
-    }
-
-    /// The load as a number, e.g. 0.55.
-    #[allow(clippy::cast_precision_loss)] // a load of 2^53 hundredths does not occur
-    pub(crate) fn value(self) -> f64 {
-        self.0 as f64 / 100.0
-    }
-
-    /// `100 * load / cpu_count`, rounded down.
-    pub(crate) fn relative(self, cpu_count: u64) -> u64 {
-        self.0 / cpu_count.max(1)
-    }
+/// Load averages over 1, 5 and 15 minutes in hundredths, so that arithmetic on them is exact; empty
+/// where the kernel does not say.
+pub(crate) fn load_average() -> Vec<u32> {
+    let Ok(info) = sysinfo() else { return Vec::new() };
+    <[f64; 3]>::from(info.load_average()).map(hundredths).to_vec()
 }
 
-/// Over 1, 5 and 15 minutes; empty where the kernel does not say.
-pub(crate) fn load_average() -> Vec<Load> {
-    let Ok(info) = sysinfo() else { return Vec::new() };
-    <[f64; 3]>::from(info.load_average()).map(Load::new).to_vec()
+/// Rounds as the kernel does for `/proc/loadavg` (fs/proc/loadavg.c), from its own unit.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it is a whole number there
+fn hundredths(load: f64) -> u32 {
+    let fixed_point = (load * 2048.0) as u64 + 2048 / 200;
+    (fixed_point * 100 / 2048) as u32
 }
 
 /// Whole seconds since boot, as in `/proc/uptime`; sysinfo(2) rounds them up.
@@ -80,11 +64,8 @@ mod tests {
             (2038.0, 1.0),
             (24576.0, 12.0),
         ] {
-            assert_eq!(Load::new(fixed_point / 2048.0).value(), printed, "{fixed_point}");
+            let printed = (f64::from(hundredths(fixed_point / 2048.0)) / 100.0, printed);
+            assert_eq!(printed.0, printed.1, "{fixed_point}");
         }
-        // 0.29 * 100 is 28.999… in floating point.
-        assert_eq!(Load(29).relative(1), 29);
-        assert_eq!([55, 76, 75].map(|load| Load(load).relative(2)), [27, 38, 37]);
-        assert_eq!((Load(1200).relative(8), Load(0).relative(0)), (150, 0));
     }
 }

@@ -30,6 +30,7 @@ const MAX_LOGGED: usize = 800;
 
 const FORM: &str = "application/x-www-form-urlencoded";
 const JSON: &str = "application/json";
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The node: what requests are answered from.
 pub(crate) struct Node {
@@ -152,11 +153,11 @@ fn node_info(node: &Node, request: &mut Request, _: &mut dyn Read) -> Result<Ans
     let load = node::load_average();
     let mut info = api::Node {
         cpu_count: node.cpu_count,
-        load_average: load.iter().map(|load| load.value()).collect(),
+        load_average: load.iter().map(|load| f64::from(*load) / 100.0).collect(),
         maintenance_mode: node::maintenance_mode(),
         node_uptime: node::uptime(),
         o_client_count: None,
-        rel_load_average: load.iter().map(|load| load.relative(node.cpu_count)).collect(),
+        rel_load_average: load.iter().map(|load| u64::from(*load) / node.cpu_count).collect(),
         v: env!("CARGO_PKG_VERSION"),
         w_peer_count: None,
     };
@@ -187,13 +188,8 @@ pub(crate) fn both<A: Send, B>(
 }
 
 fn figures(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
-    let media_type = "text/plain; version=0.0.4; charset=utf-8";
-    Ok(Answer {
-        status: 200,
-        body: metrics::text(node, deadline()).into(),
-        media_type,
-        allow: None,
-    })
+    let body = metrics::text(node, deadline()).into();
+    Ok(Answer { status: 200, body, media_type: TEXT, allow: None })
 }
 
 fn count_clients(node: &Node, deadline: Instant) -> Result<usize, Failure> {

@@ -22,6 +22,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::openvpn::OpenVpn;
+use crate::wireguard::DeviceName;
 
 /// For systemd to take a notification.
 const NOTIFY_TIME: Duration = Duration::from_secs(2);
@@ -84,12 +85,12 @@ fn open(name: &OsStr) -> Option<(UnixDatagram, SocketAddr)> {
 }
 
 /// What `systemctl status` shows: one line. The sockets are counted, nobody is asked.
-pub(crate) fn status(url: &str, device: &str, openvpn: &OpenVpn) -> String {
+pub(crate) fn status(url: &str, device: &DeviceName, openvpn: &OpenVpn) -> String {
     let tls = if url.starts_with("https:") { "TLS" } else { "no TLS" };
     let openvpn = match openvpn.sockets() {
         Ok(sockets) if sockets.len() == 1 => "1 OpenVPN socket".to_owned(),
         Ok(sockets) => format!("{} OpenVPN sockets", sockets.len()),
-        Err(_) => format!("{} cannot be read", openvpn.directory().display()),
+        Err(failure) => failure.to_string(),
     };
     let status = format!("Serving {url} ({tls}), WireGuard device {device}, {openvpn}");
     status.replace(char::is_control, " ")
@@ -209,10 +210,14 @@ mod tests {
     fn a_status_is_one_line() {
         let openvpn = |path: &str| OpenVpn::new(path.into());
         let expected = "Serving https://[::]:41194 (TLS), WireGuard device wg0, 0 OpenVPN sockets";
-        assert_eq!(status("https://[::]:41194", "wg0", &openvpn("/nonexistent")), expected);
+        assert_eq!(
+            status("https://[::]:41194", &DeviceName::default(), &openvpn("/nonexistent")),
+            expected
+        );
         let expected = "Serving http://127.0.0.1:41194 (no TLS), WireGuard device wg0, \
-                        /dev/null/a READY=1 cannot be read";
+                        OpenVPN directory /dev/null/a READY=1 cannot be read: Not a directory (os \
+                        error 20)";
         let openvpn = openvpn("/dev/null/a\nREADY=1");
-        assert_eq!(status("http://127.0.0.1:41194", "wg0", &openvpn), expected);
+        assert_eq!(status("http://127.0.0.1:41194", &DeviceName::default(), &openvpn), expected);
     }
 }

@@ -37,7 +37,7 @@ pub(super) fn wireguard(device: &DeviceName) -> Vec<Entry> {
             entries
         }
         Err(failure) => {
-            let sentence = failure.sentence;
+            let sentence = failure.to_string();
             let (seen, remedy) = sentence.split_once(": ").unwrap_or((&sentence, "see its log"));
             vec![Entry::problem("WireGuard", seen, remedy)]
         }
@@ -66,7 +66,7 @@ pub(super) fn openvpn(directory: &Path) -> Vec<Entry> {
                 Err(ErrorKind::PermissionDenied) => open_directory(directory),
                 _ => "-openvpn-dir DIRECTORY".to_owned(),
             };
-            return vec![Entry::problem("OpenVPN", failure.sentence, remedy)];
+            return vec![Entry::problem("OpenVPN", failure.to_string(), remedy)];
         }
     };
     let found = match sockets.len() {

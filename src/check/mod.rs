@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::cli::{Given, Options};
+use crate::logging::one_line;
 use crate::node::{MAINTENANCE_FLAG, maintenance_mode};
 
 /// For everything: what has not come by then is a problem of its own.
@@ -118,9 +119,9 @@ impl fmt::Display for Report {
         let width = self.0.iter().map(|entry| entry.subject.chars().count()).max().unwrap_or(0);
         for Entry { level, subject, seen, remedy } in &self.0 {
             let level = format!("{level:?}").to_lowercase();
-            writeln!(f, "{level:<8} {:<width$}  {}", printable(subject), printable(seen))?;
+            writeln!(f, "{level:<8} {:<width$}  {}", one_line(subject), one_line(seen))?;
             if let Some(remedy) = remedy {
-                writeln!(f, "{:8} {:width$}  mend: {}", "", "", printable(remedy))?;
+                writeln!(f, "{:8} {:width$}  mend: {}", "", "", one_line(remedy))?;
             }
         }
         let plural = |count: usize| if count == 1 { "" } else { "s" };
@@ -166,11 +167,6 @@ fn setting(variable: &str, value: &str) -> String {
     format!("{variable}={value} in {file}")
 }
 
-/// Names of files and words of other programs cannot steer the terminal.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,7 +179,7 @@ mod tests {
         ]);
         let expected = "\
 ok       address  127.0.0.1:41194 is free
-problem  a.sock   asks for a\u{fffd}[2J password
+problem  a.sock   asks for a\\u{1b}[2J password
                   mend: take it away
 
 1 problem, 0 warnings.

@@ -48,7 +48,8 @@ impl Drop for InnerDirectory {
 
 /// The inner socket and the connections to it that wait for a request.
 pub(crate) struct Inner {
-    socket: PathBuf,
+    /// Where tiny_http listens.
+    pub(crate) socket: PathBuf,
     /// The last one that had a request is taken first.
     idle: Mutex<Vec<(UnixStream, Instant)>>,
     /// Held while a new connection is proven.
@@ -71,11 +72,6 @@ impl Inner {
         };
         let listener = UnixListener::bind(&inner.socket)?;
         Ok((inner, listener))
-    }
-
-    /// Where tiny_http listens.
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// A connection without a request under way.

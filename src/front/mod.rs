@@ -211,10 +211,9 @@ impl Door {
             metrics::add("connections_refused_total", &[("reason", "crowded")], 1.0);
             return warn_seldom("threads", format_args!("no thread is free for {}", address.ip()));
         };
-        if let Err((visitor, error)) = threads.run(Visitor { socket, address, place, deadline }) {
+        if let Err((_visitor, error)) = threads.run(Visitor { socket, address, place, deadline }) {
             metrics::add("connections_refused_total", &[("reason", "threads")], 1.0);
             self.relieve("no thread for a connection", &error);
-            drop(visitor);
         }
     }
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 
-use crate::agent::{Agent, Answer, Failure, FailureKind};
+use crate::agent::{Agent, Answer, Failure};
 use crate::{lock, metrics};
 pub(crate) use management::probe;
 
@@ -77,7 +77,7 @@ pub(crate) struct Disconnection {
 pub(crate) struct SocketFailure {
     /// File name of the management socket in the OpenVPN directory.
     pub(crate) socket: String,
-    pub(crate) kind: FailureKind,
+    timed_out: bool,
     /// Completes the sentence "OpenVPN management socket `socket` …".
     pub(crate) error: String,
 }
@@ -99,11 +99,6 @@ impl OpenVpn {
     /// every call: processes may come and go.
     pub(crate) fn new(directory: PathBuf) -> Self {
         Self { directory, agents: Mutex::default() }
-    }
-
-    /// Where the management sockets lie.
-    pub(crate) fn directory(&self) -> &Path {
-        &self.directory
     }
 
     /// Clients of all processes. Answers or fails by `deadline`.
@@ -174,9 +169,11 @@ impl OpenVpn {
             format!("{} {}", self.directory.join(&failure.socket).display(), failure.error)
         };
         let sentences: Vec<_> = failed.iter().map(sentence).collect();
-        let timed_out = failed.iter().all(|failure| failure.kind == FailureKind::Timeout);
-        let kind = if timed_out { FailureKind::Timeout } else { FailureKind::Failed };
-        Failure::new(kind, format!("OpenVPN management socket {}", sentences.join("; ")))
+        let sentence = format!("OpenVPN management socket {}", sentences.join("; "));
+        match failed.iter().all(|failure| failure.timed_out) {
+            true => Failure::Timeout(sentence),
+            false => Failure::Failed(sentence),
+        }
     }
 
     /// Begins a job at each socket, then waits for all. What there is no process for is `None`.
@@ -201,7 +198,7 @@ impl OpenVpn {
         }
         failed.extend(excess.iter().map(|socket| SocketFailure {
             socket: file_name(socket),
-            kind: FailureKind::Failed,
+            timed_out: false,
             error: format!("was not asked: the directory has more than {MAX_SOCKETS} sockets"),
         }));
         Ok((answers, failed))
@@ -239,8 +236,7 @@ impl OpenVpn {
                 _ => error.to_string(),
             };
             let directory = self.directory.display();
-            let sentence = format!("OpenVPN directory {directory} cannot be read: {why}");
-            Err(Failure::new(FailureKind::Failed, sentence))
+            Err(Failure::Failed(format!("OpenVPN directory {directory} cannot be read: {why}")))
         })
     }
 
@@ -273,30 +269,27 @@ impl OpenVpn {
 
 /// `None` where nobody listens: a stale file, or it went away just now.
 fn there<T>(result: io::Result<T>) -> Result<Option<T>, Failure> {
-    result.map(Some).or_else(|error| {
-        let kind = match error.kind() {
-            ErrorKind::NotFound | ErrorKind::ConnectionRefused => return Ok(None),
-            ErrorKind::TimedOut => FailureKind::Timeout,
-            _ => FailureKind::Failed,
-        };
-        Err(Failure::new(kind, error.to_string()))
+    result.map(Some).or_else(|error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => Ok(None),
+        ErrorKind::TimedOut => Err(Failure::Timeout(error.to_string())),
+        _ => Err(Failure::Failed(error.to_string())),
     })
 }
 
 fn socket_failure(socket: &Path, failure: Failure, budget: Duration) -> SocketFailure {
-    let Failure { kind, sentence } = failure;
-    let path = socket.display();
-    let reason = if kind == FailureKind::Timeout { "timeout" } else { "failed" };
+    let (path, sentence) = (socket.display(), failure.to_string());
+    let timed_out = matches!(failure, Failure::Timeout(_));
+    let reason = if timed_out { "timeout" } else { "failed" };
     let labels = [("socket", &*file_name(socket)), ("reason", reason)];
     metrics::add("openvpn_failures_total", &labels, 1.0);
-    let error = if kind == FailureKind::Timeout {
+    let error = if timed_out {
         debug!("{path} did not answer: {sentence}");
         format!("did not answer within {:.1} s", budget.as_secs_f64())
     } else {
         // The agent's own sentences begin with its name.
         sentence.strip_prefix(&format!("{path} ")).unwrap_or(&sentence).to_owned()
     };
-    SocketFailure { socket: file_name(socket), kind, error }
+    SocketFailure { socket: file_name(socket), timed_out, error }
 }
 
 fn file_name(socket: &Path) -> String {

@@ -111,7 +111,7 @@ impl Dump {
         self.send(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, name)?;
         let family = first(self.receive(MsgFlags::empty())?, CTRL_ATTR_FAMILY_ID)?;
         let family = u16::from_ne_bytes(array(family.ok_or(MALFORMED)?)?);
-        let name = (WGDEVICE_A_IFNAME, device.as_str());
+        let name = (WGDEVICE_A_IFNAME, device.0.as_str());
         self.send(family, NLM_F_REQUEST | NLM_F_DUMP, WG_CMD_GET_DEVICE, name)
     }
 

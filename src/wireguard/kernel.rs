@@ -11,7 +11,7 @@ use wireguard_uapi::linux::set;
 
 use super::sync::batches;
 use super::{AllowedIp, Applied, Backend, Change, DeviceName, Peer, PublicKey, Snapshot, dump};
-use crate::agent::{Failure, FailureKind};
+use crate::agent::Failure;
 use crate::metrics;
 
 /// How often a disturbed dump is started again.
@@ -36,8 +36,7 @@ impl<'a> Kernel<'a> {
     }
 
     fn unusable(&self, reason: &dyn Display) -> Failure {
-        let sentence = format!("WireGuard device {} could not be used: {reason}", self.device);
-        Failure::new(FailureKind::Failed, sentence)
+        Failure::Failed(format!("WireGuard device {} could not be used: {reason}", self.device))
     }
 }
 
@@ -60,7 +59,7 @@ impl Backend for Kernel<'_> {
             "WireGuard device {} could not be read: another program keeps changing it; try again",
             self.device
         );
-        Err(Failure::new(FailureKind::Failed, sentence))
+        Err(Failure::Failed(sentence))
     }
 
     fn add(&self, key: PublicKey, allowed_ips: &[AllowedIp]) -> Result<(), Failure> {
@@ -76,7 +75,7 @@ impl Backend for Kernel<'_> {
             if Instant::now() >= self.deadline {
                 return Err(failure(self.device, Errno::EAGAIN));
             }
-            let request = set::Device::from_ifname(self.device.as_str());
+            let request = set::Device::from_ifname(self.device.0.as_str());
             let peers = batch.iter().map(peer).collect();
             socket.set_device(request.peers(peers)).map_err(|error| match error {
                 SetDeviceError::NlError(NlError::Nlmsgerr(refusal)) => {
@@ -100,19 +99,15 @@ fn peer<'a>(change: &'a Change) -> set::Peer<'a> {
     let allowed_ips = allowed_ips
         .iter()
         .map(|ip| set::AllowedIp { ipaddr: &ip.address, cidr_mask: Some(ip.prefix_len) });
-    set::Peer::from_public_key(key.as_bytes()).flags(vec![flag]).allowed_ips(allowed_ips.collect())
+    set::Peer::from_public_key(&key.0).flags(vec![flag]).allowed_ips(allowed_ips.collect())
 }
 
 /// What the kernel's error number says.
 pub(super) fn failure(device: &DeviceName, errno: Errno) -> Failure {
     match errno {
-        Errno::EAGAIN => Failure::new(
-            FailureKind::Timeout,
-            format!("WireGuard device {device} did not answer in time: try again"),
-        ),
-        errno => Failure::new(
-            FailureKind::Failed,
-            format!("WireGuard device {device} failed: {}", errno.desc()),
-        ),
+        Errno::EAGAIN => {
+            Failure::Timeout(format!("WireGuard device {device} did not answer in time: try again"))
+        }
+        errno => Failure::Failed(format!("WireGuard device {device} failed: {}", errno.desc())),
     }
 }

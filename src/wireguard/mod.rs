@@ -12,7 +12,7 @@ use std::time::Instant;
 use log::info;
 use nix::errno::Errno;
 
-use crate::agent::{Agent, Failure, FailureKind};
+use crate::agent::{Agent, Failure};
 use crate::{lock, metrics};
 use kernel::Kernel;
 use sync::Change;
@@ -75,7 +75,7 @@ impl WireGuard {
     /// Adds the peer, or replaces the allowed IPs of the one that exists and leaves its session,
     /// endpoint and counters alone. boringtun cannot change a peer: where the allowed IPs differ, it is
     /// removed and added, and its session and preshared key are lost. wireguard-go ignores a peer of
-    /// its own key in silence; elsewhere that is [`FailureKind::Invalid`].
+    /// its own key in silence; elsewhere that is [`Failure::Invalid`].
     pub(crate) fn add_peer(
         &self,
         key: PublicKey,
@@ -114,7 +114,7 @@ impl WireGuard {
     /// already are not touched. With `dry_run`, nothing is changed.
     ///
     /// # Errors
-    /// [`FailureKind::Invalid`] where the list contradicts itself or has the device's own key. What
+    /// [`Failure::Invalid`] where the list contradicts itself or has the device's own key. What
     /// fails half-way says how far it has come, and leaves whole peers; the same call again does the
     /// rest.
     pub(crate) fn sync_peers(
@@ -151,16 +151,16 @@ impl WireGuard {
             });
             result.map(|()| synced)
         });
-        synced.map_err(|Failure { kind, sentence }| {
+        synced.map_err(|failure| {
             let (changes, applied) = *lock(&progress);
             let done = match changes {
-                0 => "nothing was changed".to_owned(),
+                0 => "; nothing was changed".to_owned(),
                 _ => format!(
-                    "{applied} of {changes} changes are known to be applied, \
+                    "; {applied} of {changes} changes are known to be applied, \
                      the same call again does the rest"
                 ),
             };
-            Failure::new(kind, format!("{sentence}; {done}"))
+            failure.with(&done)
         })
     }
 
@@ -213,10 +213,9 @@ fn refuse_own_key(
     if own_key != Some(*key) {
         return Ok(());
     }
-    let sentence = format!(
+    Err(Failure::Invalid(format!(
         "WireGuard device {device} cannot have the peer {key}: it is the device's own public key"
-    );
-    Err(Failure::new(FailureKind::Invalid, sentence))
+    )))
 }
 
 /// As a set: in order, each once.
@@ -244,11 +243,11 @@ mod tests {
             wireguard.sync_peers(wanted(1), true, "a test", soon).map(drop),
         ];
         for failure in failures.map(Result::unwrap_err) {
-            assert_eq!(failure.kind, FailureKind::Failed);
-            assert!(failure.sentence.contains("no-such-device does not exist"), "{failure}");
+            assert!(matches!(failure, Failure::Failed(_)), "{failure}");
+            assert!(failure.to_string().contains("no-such-device does not exist"), "{failure}");
         }
         // A list that contradicts itself does not come so far.
         let failure = wireguard.sync_peers(wanted(2), false, "a test", soon).unwrap_err();
-        assert_eq!(failure.kind, FailureKind::Invalid);
+        assert!(matches!(failure, Failure::Invalid(_)), "{failure}");
     }
 }

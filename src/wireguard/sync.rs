@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{AllowedIp, Peer, PublicKey, sorted};
-use crate::agent::{Failure, FailureKind};
+use crate::agent::Failure;
 
 /// The removals in one batch. For each the kernel waits until no CPU uses the peer any more, up to
 /// some milliseconds, and holds the lock of all network configuration from the first to the last.
@@ -43,7 +43,7 @@ pub(super) enum Change<'a> {
 /// Refuses a list with a key twice, or with one allowed IP at two peers. Each peer's allowed IPs come
 /// out sorted, and each once.
 pub(super) fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
-    let invalid = |sentence| Err(Failure::new(FailureKind::Invalid, sentence));
+    let invalid = |sentence| Err(Failure::Invalid(sentence));
     let mut keys = HashSet::with_capacity(wanted.len());
     let mut owners = HashMap::with_capacity(wanted.len());
     for WantedPeer { public_key, allowed_ips } in wanted {
@@ -160,11 +160,11 @@ mod tests {
         let near = [(1, &["10.0.0.0/24"][..]), (2, &["10.0.0.0/25"]), (3, &["::10.0.0.0/120"])];
         assert!(wanted(&near).is_ok());
         let twice = wanted(&[(1, &[]), (2, &[]), (1, &["10.0.0.1/32"])]).unwrap_err();
-        assert!(twice.sentence.contains(&key(1).to_string()), "{twice}");
+        assert!(twice.to_string().contains(&key(1).to_string()), "{twice}");
         let shared = [(1, &[][..]), (9, &["10.0.0.1/24"]), (3, &["::/0", "10.0.0.2/24"])];
         let shared = wanted(&shared).unwrap_err();
         for part in ["10.0.0.0/24".to_owned(), key(9).to_string(), key(3).to_string()] {
-            assert!(shared.kind == FailureKind::Invalid && shared.sentence.contains(&part));
+            assert!(matches!(&shared, Failure::Invalid(why) if why.contains(&part)));
         }
     }
 

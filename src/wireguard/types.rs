@@ -11,11 +11,11 @@ use base64::engine::general_purpose::STANDARD;
 
 /// The name of a network interface, e.g. `wg0`: 1 to 15 bytes, no `/`, no white space.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct DeviceName(String);
+pub struct DeviceName(pub(super) String);
 
 /// The public key of a peer or device: 32 bytes, written as canonical base64 (44 characters).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct PublicKey([u8; 32]);
+pub struct PublicKey(pub(super) [u8; 32]);
 
 /// `wg0`.
 impl Default for DeviceName {
@@ -46,12 +46,6 @@ pub struct Peer {
     pub tx_bytes: u64,
 }
 
-impl DeviceName {
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
 // The errors complete a sentence that begins with the name of the parameter or flag.
 
 impl FromStr for DeviceName {
@@ -74,12 +68,6 @@ impl fmt::Display for DeviceName {
     }
 }
 
-impl PublicKey {
-    /// The key's 32 bytes.
-    pub fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
-    }
-}
 impl From<[u8; 32]> for PublicKey {
     fn from(bytes: [u8; 32]) -> Self {
         Self(bytes)
@@ -145,7 +133,7 @@ mod tests {
     fn public_keys() {
         let text = "0WFDZZRTFxbDjJRqZFuPabfh0pv6ZL9aG7i3Q47QXkQ=";
         let key: PublicKey = text.parse().unwrap();
-        assert_eq!((key.as_bytes()[0], key.to_string().as_str()), (0xd1, text));
+        assert_eq!((key.0[0], key.to_string().as_str()), (0xd1, text));
         for malformed in [
             "",
             "=",
@@ -211,7 +199,7 @@ mod tests {
     #[test]
     fn device_names() {
         for name in ["wg0", "w", "wg-default.15by", "tun_1@x", "wg+"] {
-            assert_eq!(name.parse::<DeviceName>().unwrap().as_str(), name);
+            assert_eq!(name.parse::<DeviceName>().unwrap().0, name);
         }
         for name in [
             "",

@@ -22,7 +22,7 @@ use super::sync::{batches, plan};
 use super::{
     AllowedIp, Applied, Backend, Change, DeviceName, Peer, PublicKey, Snapshot, WantedPeer,
 };
-use crate::agent::{Failure, FailureKind};
+use crate::agent::Failure;
 use crate::lock;
 use crate::unix::Stream;
 
@@ -99,16 +99,14 @@ impl Backend for Userspace<'_> {
 }
 
 fn removal(key: PublicKey) -> set::Peer {
-    set::Peer::from_public_key(*key.as_bytes()).remove(true)
+    set::Peer::from_public_key(key.0).remove(true)
 }
 
 fn addition(key: PublicKey, allowed_ips: &[AllowedIp]) -> set::Peer {
     let allowed_ips = allowed_ips
         .iter()
         .map(|ip| set::AllowedIp { ipaddr: ip.address, cidr_mask: ip.prefix_len });
-    set::Peer::from_public_key(*key.as_bytes())
-        .replace_allowed_ips(true)
-        .allowed_ips(allowed_ips.collect())
+    set::Peer::from_public_key(key.0).replace_allowed_ips(true).allowed_ips(allowed_ips.collect())
 }
 
 impl Userspace<'_> {
@@ -121,7 +119,7 @@ impl Userspace<'_> {
             let request = set::Device { peers, ..set::Device::default() };
             let stream = self.send(&format!("set=1\n{request}\n"), deadline)?;
             result = parse_lines(stream).map(drop).map_err(|error| self.parse_failure(error));
-            if result.as_ref().is_err_and(|failure| !failure.is_timeout()) {
+            if !matches!(result, Ok(()) | Err(Failure::Timeout(_))) {
                 break;
             }
             deadline = self.deadline + OVERTIME;
@@ -177,11 +175,12 @@ impl Userspace<'_> {
         let Self { device, path, .. } = self;
         let path = path.display();
         // A userspace device, too, has a network interface of its name.
-        let exists = self.kernel != Errno::ENODEV && if_nametoindex(device.as_str()).is_ok();
+        let exists = self.kernel != Errno::ENODEV && if_nametoindex(device.0.as_str()).is_ok();
         let sentence = match (error.kind(), self.kernel) {
             (TimedOut, _) => {
-                let sentence = format!("WireGuard socket {path} did not answer in time: try again");
-                return Failure::new(FailureKind::Timeout, sentence);
+                return Failure::Timeout(format!(
+                    "WireGuard socket {path} did not answer in time: try again"
+                ));
             }
             (NotFound | PermissionDenied, _) if !exists => format!(
                 "WireGuard device {device} does not exist: create it (`ip link add {device} type wireguard`, \
@@ -203,7 +202,7 @@ impl Userspace<'_> {
             ),
             _ => format!("WireGuard socket {path} failed: {error}"),
         };
-        Failure::new(FailureKind::Failed, sentence)
+        Failure::Failed(sentence)
     }
 
     fn parse_failure(&self, error: ParseGetResponseError) -> Failure {
@@ -215,14 +214,15 @@ impl Userspace<'_> {
             },
             ParseGetResponseError::ServerError(errno) => {
                 let reason = Errno::from_raw(errno.parse().map_or(0, i32::saturating_abs)).desc();
-                let sentence = format!("WireGuard socket {path} refused the request: {reason}");
-                return Failure::new(FailureKind::Failed, sentence);
+                return Failure::Failed(format!(
+                    "WireGuard socket {path} refused the request: {reason}"
+                ));
             }
             error => error,
         };
         let sentence =
             format!("WireGuard socket {path} does not speak WireGuard's protocol: {reason}");
-        Failure::new(FailureKind::Failed, sentence)
+        Failure::Failed(sentence)
     }
 }
 
@@ -341,11 +341,11 @@ mod tests {
         assert_eq!(device.own_key, None);
         assert!(device.peers.iter().map(seconds).eq([Some(1_600_000_000), None, None]));
         let [one, two, three] = &device.peers[..] else { panic!("three peers") };
-        assert_eq!((one.public_key.as_bytes()[0], one.rx_bytes, one.tx_bytes), (0xb8, 2224, 38333));
+        assert_eq!((one.public_key.0[0], one.rx_bytes, one.tx_bytes), (0xb8, 2224, 38333));
         let ips: Vec<_> = one.allowed_ips.iter().map(ToString::to_string).collect();
         assert_eq!(ips, ["192.168.4.4/32", "fd00::/64"]);
         assert_eq!((two.rx_bytes, two.allowed_ips.len()), (u64::MAX, 0));
-        assert_eq!(three.public_key.as_bytes()[31], 0x58);
+        assert_eq!(three.public_key.0[31], 0x58);
     }
 
     #[test]
@@ -358,7 +358,7 @@ mod tests {
              rx_bytes=1\ntx_bytes=2\npublic_key={second}\nrx_bytes=0\ntx_bytes=0\nerrno=0\n\n"
         ))
         .unwrap();
-        assert_eq!(device.own_key.unwrap().as_bytes()[0], 0xb8);
+        assert_eq!(device.own_key.unwrap().0[0], 0xb8);
         assert!(device.peers.iter().map(seconds).eq([Some(NOW - 101), None]));
         let alone = parse_text(&format!("own_public_key={own}\nerrno=0\n\n")).unwrap();
         assert_eq!((alone.own_key.is_some(), alone.peers.len()), (true, 0));
@@ -470,10 +470,10 @@ mod tests {
             let asked = process.answers(at_once(&[answer]));
             let failure = process.within(60_000).snapshot().unwrap_err();
             assert_eq!(asked.join().unwrap(), ["get=1\n\n"]);
-            assert!(failure.sentence.contains(part), "{answer:?}: {failure}");
-            assert!(failure.sentence.contains(process.path.to_str().unwrap()), "{failure}");
+            assert!(failure.to_string().contains(part), "{answer:?}: {failure}");
+            assert!(failure.to_string().contains(process.path.to_str().unwrap()), "{failure}");
         }
-        assert!(process.within(50).snapshot().unwrap_err().is_timeout());
+        assert!(matches!(process.within(50).snapshot(), Err(Failure::Timeout(_))));
         for (device, kernel, kind, part) in [
             ("nobody", Errno::ENODEV, ErrorKind::NotFound, "does not exist: create it"),
             ("nobody", Errno::EPERM, ErrorKind::PermissionDenied, "does not exist: create it"),
@@ -488,7 +488,7 @@ mod tests {
             let device = device.parse().unwrap();
             let userspace = Userspace { device: &device, kernel, ..process.within(0) };
             let failure = userspace.io_failure(&kind.into());
-            assert!(failure.sentence.contains(part), "{device} {kernel} {kind}: {failure}");
+            assert!(failure.to_string().contains(part), "{device} {kernel} {kind}: {failure}");
         }
     }
 
@@ -546,7 +546,7 @@ mod tests {
         assert!(addition.contains("allowed_ip=10.0.0.2/32") && !addition.contains("remove"));
         assert_eq!(applied, 1);
         // A change that has not begun at the deadline does not begin.
-        assert!(userspace.apply(&change, &[], &mut |_| ()).unwrap_err().is_timeout());
+        assert!(matches!(userspace.apply(&change, &[], &mut |_| ()), Err(Failure::Timeout(_))));
     }
 
     /// What a process that hangs finds in its socket when it goes on: whole requests, or whole lines of
@@ -568,7 +568,7 @@ mod tests {
             (&[Change::Set([7; 32].into(), &ips)], 1),
         ] {
             let failure = process.within(100).apply(changes, &[], &mut |_| panic!("applied"));
-            assert!(failure.unwrap_err().is_timeout());
+            assert!(matches!(failure, Err(Failure::Timeout(_))));
             let mut request = String::new();
             process.listener.accept().unwrap().0.read_to_string(&mut request).unwrap();
             assert_eq!(request.matches("public_key").count(), peers);
