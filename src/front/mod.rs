@@ -118,7 +118,7 @@ impl FrontDoor {
         setsockopt(&listener, sockopt::TcpNoDelay, &true)?;
         // Where descriptors are short, nobody is let in who can only be refused.
         let (files, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        let over_limit = usize::try_from(files / 8).unwrap_or(OVER_LIMIT).min(OVER_LIMIT);
+        let over_limit = usize::try_from(files / 16).unwrap_or(OVER_LIMIT).min(OVER_LIMIT);
         let table = Table::new(limit, over_limit);
         let (accepting, watching) = (Mutex::new(Instant::now()), Mutex::new(Instant::now()));
         let door = Arc::new(Door { table, inner, tls, allow_hosts, accepting, watching });
