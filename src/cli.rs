@@ -13,7 +13,7 @@ use crate::wireguard::DeviceName;
 /// The text of `-help`.
 pub const HELP: &str = include_str!("help.txt");
 
-/// Each takes a thread or two, and five descriptors.
+/// Each takes up to three threads, and six descriptors.
 const MAX_CONNECTIONS: usize = 65536;
 
 /// What to do.
@@ -110,9 +110,7 @@ fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
     let mut parser = lexopt::Parser::from_args(arguments.map(two_dashes));
     let (mut options, mut given, mut json) = (Options::default(), Given::default(), false);
     while let Some(argument) = parser.next()? {
-        let Long(flag) = argument else {
-            return Err(argument.unexpected());
-        };
+        let Long(flag) = argument else { return Err(argument.unexpected()) };
         let flag = flag.to_owned();
         match flag.as_str() {
             "listen" => {
@@ -132,11 +130,12 @@ fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
             }
             "allow-host" => {
                 let name: String = checked(&flag, &mut parser)?;
-                let in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-                if name.is_empty() || !name.bytes().all(in_name) {
+                if name.is_empty()
+                    || !name.chars().all(|c| c.is_alphanumeric() || "-._".contains(c))
+                {
                     return Err(format!("-allow-host {name}: is not a host name").into());
                 }
-                options.allow_hosts.push(name.to_ascii_lowercase());
+                options.allow_hosts.push(name);
             }
             "metrics" => {
                 options.metrics = match parser.value()?.to_str() {
@@ -220,7 +219,7 @@ mod tests {
             wg_device: "wg1".parse().unwrap(),
             openvpn_dir: "/tmp/o".into(),
             max_connections: 7,
-            allow_hosts: vec!["vpn.example.org".to_owned(), "b_1".to_owned()],
+            allow_hosts: vec!["VPN.example.org".to_owned(), "b_1".to_owned()],
             metrics: false,
         };
         for line in [

@@ -165,6 +165,9 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     };
     alive(FIRST_ANSWER_TIME).map_err(cannot("answer a request of its own"))?;
     info!("listening on {url}");
+    if tls.is_none() && !address.ip().is_loopback() {
+        warn!("{url} is plain HTTP: everybody who reaches this address may remove peers");
+    }
     tls.iter().for_each(|tls| tls.log_findings());
     notifier.ready(&status());
     // A CA that has expired meanwhile is left out then.

@@ -143,8 +143,8 @@ fn admit(kinds: &mut Logged, kind: &str, now: Instant) -> Option<u64> {
             if kinds.len() >= MAX_KINDS {
                 kinds.retain(|_, (logged, _)| is_recent(logged));
             }
-            let has_room = kinds.len() < MAX_KINDS;
-            has_room.then(|| kinds.insert(kind.to_owned(), (now, 0)).map_or(0, |old| old.1))
+            (kinds.len() < MAX_KINDS).then(|| kinds.insert(kind.to_owned(), (now, 0)))?;
+            Some(0)
         }
     }
 }

@@ -94,8 +94,7 @@ pub(crate) fn keep_sockets(sockets: &HashSet<String>) {
 
 /// The text. Backends are asked until the deadline, each for itself.
 pub(crate) fn text(node: &routes::Node, deadline: Instant) -> String {
-    let lists = || node.openvpn.lists(deadline);
-    let (openvpn, peers) = routes::both(lists, || node.wireguard.peers(deadline));
+    let (openvpn, peers) = routes::both(node, deadline, |deadline| node.openvpn.lists(deadline));
     let (now, mut samples) = (SystemTime::now(), lock(&SAMPLES).clone());
     let mut set = |name, labels: &Labels, value: f64| {
         samples.insert(key(name, labels), value);

@@ -5,7 +5,6 @@ use std::io::{self, Read};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use log::info;
@@ -162,29 +161,29 @@ fn node_info(node: &Node, request: &mut Request, _: &mut dyn Read) -> Result<Ans
         w_peer_count: None,
     };
     if with_counts {
-        let deadline = deadline();
-        (info.o_client_count, info.w_peer_count) =
-            both(|| count_clients(node, deadline), || count_peers(node, deadline));
+        let (clients, peers) = both(node, deadline(), |deadline| count_clients(node, deadline));
+        let now = SystemTime::now();
+        let online = |peer: &&_| is_online(peer, now);
+        info.o_client_count = clients;
+        info.w_peer_count = peers.map(|peers| peers.iter().filter(online).count());
     }
     json(&info)
 }
 
 /// Asks both at once: what one of them takes is not the other's. What is not to be had is no reason
 /// for the call to fail.
-pub(crate) fn both<A: Send, B>(
-    openvpn: impl FnOnce() -> Result<A, Failure> + Send,
-    wireguard: impl FnOnce() -> Result<B, Failure>,
-) -> (Option<A>, Option<B>) {
-    fn known<T>(of_what: &str, count: Result<T, impl Display>) -> Option<T> {
+pub(crate) fn both<A>(
+    node: &Node,
+    deadline: Instant,
+    openvpn: impl FnOnce(Instant) -> Result<A, Failure>,
+) -> (Option<A>, Option<Arc<Vec<wireguard::Peer>>>) {
+    fn known<T>(of_what: &str, list: Result<T, Failure>) -> Option<T> {
         let log = |why: &_| warn_seldom(of_what, format_args!("no count of {of_what}: {why}"));
-        count.inspect_err(log).ok()
+        list.inspect_err(log).ok()
     }
-    thread::scope(|scope| {
-        let clients = thread::Builder::new().spawn_scoped(scope, openvpn);
-        let peers = known("WireGuard peers", wireguard());
-        let clients = known("OpenVPN clients", clients).and_then(|thread| thread.join().ok());
-        (clients.and_then(|clients| known("OpenVPN clients", clients)), peers)
-    })
+    let peers = node.wireguard.begin_list(deadline);
+    let clients = known("OpenVPN clients", openvpn(deadline));
+    (clients, known("WireGuard peers", peers.and_then(|answer| answer.wait(deadline))))
 }
 
 fn figures(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
@@ -198,11 +197,6 @@ fn count_clients(node: &Node, deadline: Instant) -> Result<usize, Failure> {
         [] => Ok(listing.clients().count()),
         failed => Err(node.openvpn.failure(failed)),
     }
-}
-
-fn count_peers(node: &Node, deadline: Instant) -> Result<usize, Failure> {
-    let (peers, now) = (node.wireguard.peers(deadline)?, SystemTime::now());
-    Ok(peers.iter().filter(|peer| is_online(peer, now)).count())
 }
 
 fn peer_list(node: &Node, request: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
@@ -280,6 +274,8 @@ fn read_list(request: &Request, body: &mut dyn Read, room: &mut Room) -> Result<
         }
         room.taken += count;
         if room.all.fetch_add(count, Ordering::Relaxed) + count > MAX_LISTS {
+            // At once: freeing the text takes a while, in which others would be refused as well.
+            *room = Room { all: room.all, taken: 0 };
             return Err(Error::new(503, "too many peer lists are being read; try again"));
         }
         text.extend_from_slice(&piece[..count]);

@@ -97,9 +97,8 @@ fn view(http: &Request) -> routes::Request {
 
 fn refuse(mut http: Request) {
     pass_over(http.as_reader());
-    let sentence = "the daemon has run out of threads; try again";
     metrics::add("requests_total", &[("call", OTHER), ("status", "503")], 1.0);
-    send(http, Error::new(503, sentence).into());
+    send(http, Error::new(503, "the daemon has run out of threads; try again").into());
 }
 
 fn respond(mut http: Request, mut request: routes::Request, node: &Node) {

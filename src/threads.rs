@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::lock;
 
-/// A thread ends when it has had nothing to do for this long.
-const REST: Duration = Duration::from_secs(5);
+/// A thread ends when it has had nothing to do for this long, and gives back what memory it keeps.
+const REST: Duration = Duration::from_secs(2);
 /// Rust's default of 2 MiB would only be address space; TLS needs a fraction of this.
 const STACK: usize = 512 * 1024;
 

@@ -177,7 +177,7 @@ fn the_openvpn_directory() {
     installation.check(&NOBODY, &[]).names(PROBLEM, "permission denied", &line);
     installation.check(&[], &[]).names(WARNING, "may be listed by root alone", &line);
     chmod(&directory, 0o755);
-    installation.check(&NOBODY, &[]).names(OK, "holds 1 management socket", "");
+    installation.check(&NOBODY, &[]).names(OK, "management sockets in ", "");
     let check = |directory| installation.check(&[], &["-openvpn-dir", directory]);
     check("/nowhere").names(WARNING, "/nowhere does not exist", "-openvpn-dir");
     check("/dev/null").names(PROBLEM, "/dev/null", "-openvpn-dir");

@@ -69,10 +69,7 @@ pub(super) fn openvpn(directory: &Path) -> Vec<Entry> {
             return vec![Entry::problem("OpenVPN", failure.to_string(), remedy)];
         }
     };
-    let found = match sockets.len() {
-        1 => format!("{shown} holds 1 management socket"),
-        count => format!("{shown} holds {count} management sockets"),
-    };
+    let found = format!("management sockets in {shown}: {}", sockets.len());
     let mut entries = vec![Entry::ok("OpenVPN", found)];
     if geteuid().is_root() && only_root_may_list(directory) {
         let seen = format!("{shown} may be listed by root alone, and the service is not root");

@@ -108,10 +108,6 @@ impl Report {
         // Only strings: nothing in them can fail to be written.
         serde_json::to_string_pretty(&self.0).unwrap_or_default() + "\n"
     }
-
-    fn count(&self, level: Level) -> usize {
-        self.0.iter().filter(|entry| entry.level == level).count()
-    }
 }
 
 impl fmt::Display for Report {
@@ -124,15 +120,10 @@ impl fmt::Display for Report {
                 writeln!(f, "{:8} {:width$}  mend: {}", "", "", one_line(remedy))?;
             }
         }
-        let plural = |count: usize| if count == 1 { "" } else { "s" };
-        match (self.count(Level::Problem), self.count(Level::Warning)) {
+        let count = |level| self.0.iter().filter(|entry| entry.level == level).count();
+        match (count(Level::Problem), count(Level::Warning)) {
             (0, 0) => writeln!(f, "\nAll is well."),
-            (problems, warnings) => writeln!(
-                f,
-                "\n{problems} problem{}, {warnings} warning{}.",
-                plural(problems),
-                plural(warnings)
-            ),
+            (problems, warnings) => writeln!(f, "\nproblems: {problems}, warnings: {warnings}"),
         }
     }
 }
@@ -182,7 +173,7 @@ ok       address  127.0.0.1:41194 is free
 problem  a.sock   asks for a\\u{1b}[2J password
                   mend: take it away
 
-1 problem, 0 warnings.
+problems: 1, warnings: 0
 ";
         assert_eq!((report.to_string().as_str(), report.exit_status()), (expected, 2));
         let json: serde_json::Value = serde_json::from_str(&report.json()).unwrap();
@@ -190,7 +181,7 @@ problem  a.sock   asks for a\\u{1b}[2J password
         assert_eq!(json[0]["remedy"], serde_json::Value::Null);
         assert_eq!(json[1]["remedy"], "take it away");
         let report = Report(vec![Entry::ok("a", "b"), Entry::warning("a", "b", "c")]);
-        assert!(report.to_string().ends_with("\n0 problems, 1 warning.\n"));
+        assert!(report.to_string().ends_with("\nproblems: 0, warnings: 1\n"));
         assert_eq!(report.exit_status(), 1);
         let report = Report(vec![Entry::ok("a", "b")]);
         assert!(report.to_string().ends_with("\nAll is well.\n"));

@@ -209,7 +209,10 @@ impl Door {
         let deadline = connection::first_deadline(self.tls.is_some());
         let Some(place) = self.table.admit(Arc::clone(&socket), address.ip(), deadline) else {
             metrics::add("connections_refused_total", &[("reason", "crowded")], 1.0);
-            return warn_seldom("threads", format_args!("no thread is free for {}", address.ip()));
+            return warn_seldom(
+                "crowd",
+                format_args!("too many connections: closed one of {}", address.ip()),
+            );
         };
         if let Err((_visitor, error)) = threads.run(Visitor { socket, address, place, deadline }) {
             metrics::add("connections_refused_total", &[("reason", "threads")], 1.0);

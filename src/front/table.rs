@@ -12,8 +12,11 @@ use crate::{lock, metrics};
 /// Most connections beyond the limit: newcomers whose request is not complete, that wait for a
 /// place, or that are being told 503.
 pub(crate) const OVER_LIMIT: usize = 256;
-/// How long a complete request waits for a place before it is told 503.
-const PLACE_TIME: Duration = Duration::from_millis(500);
+/// How long a complete request waits for a place before it is told 503. With what the backends may
+/// take after it, an answer takes less than 3 s.
+const PLACE_TIME: Duration = Duration::from_millis(300);
+/// A client far away stalls for a moment with each piece of its answer, and goes last.
+const STALL_TIME: Duration = Duration::from_secs(1);
 /// How long a connection whose request has not come yet may still send one when the daemon stops: a
 /// handshake on a slow machine takes a second.
 const STOP_GRACE: Duration = Duration::from_secs(3);
@@ -109,7 +112,10 @@ impl State {
             *crowds.entry(slot.network).or_insert(0) += 1;
         }
         let waiting = self.slots.values_mut().filter(|slot| waits(slot));
-        waiting.min_by_key(|slot| (Reverse(crowds[&slot.network]), slot.phase, slot.since))
+        let reads = |slot: &Slot| slot.phase == Phase::Stalled && slot.since.elapsed() < STALL_TIME;
+        waiting.min_by_key(|slot| {
+            (Reverse(crowds[&slot.network]), reads(slot), slot.phase, slot.since)
+        })
     }
 
     /// Closes the connection whose turn it is. Whether there is one.
@@ -253,7 +259,7 @@ impl Place {
         self.change(|slot| slot.enter(slot.phase.max(Phase::Arriving)))
     }
 
-    /// Makes a change. Who is idle or stalled then makes room if a request waits for a place.
+    /// Makes a change. Who is idle then makes room if a request waits for a place.
     fn change(&self, change: impl FnOnce(&mut Slot)) -> io::Result<()> {
         let mut state = lock(&self.table.state);
         let (wanted, stopping) = (state.queued > 0, state.stop_at.is_some());
@@ -262,7 +268,7 @@ impl Place {
         }
         let slot = state.slots.get_mut(&self.id).filter(|slot| !slot.closed).ok_or_else(lost)?;
         change(slot);
-        if (wanted && slot.phase <= Phase::Idle) || (stopping && slot.phase == Phase::Idle) {
+        if (wanted || stopping) && slot.phase == Phase::Idle {
             slot.close("limit");
             return Err(lost());
         }
@@ -393,6 +399,8 @@ mod tests {
         guests[4].enter(Phase::UnderWay);
         guests[5].enter(Phase::UnderWay);
         guests[5].place.stall(true).unwrap();
+        // For longer than a client that reads.
+        lock(&site.table.state).slots.get_mut(&guests[5].place.id).unwrap().since -= STALL_TIME;
         // Who takes no answer, then who is idle, the one first that is so longest.
         let mut newcomers = Vec::new();
         for goes in [5, 6, 0] {
@@ -472,7 +480,7 @@ mod tests {
             assert!(waits.join().unwrap().unwrap());
         });
         assert!(later.place.is_kept());
-        // One that is not taking its answer goes at once.
+        // One that is not taking its answer goes.
         thread::scope(|scope| {
             let last = site.admit(NEAR);
             later.place.stall(true).unwrap();

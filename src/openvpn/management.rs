@@ -70,7 +70,7 @@ pub(super) fn disconnect(
             .iter()
             .filter(|client| client.common_name == name)
             .map(|client| client.id.ok_or_else(|| not_understood("a client without an id")));
-        // OpenVPN tells such a client to restart and lets go of it 5 s later.
+        // OpenVPN tells such a client to restart and lets go of it some seconds later.
         for id in ids.collect::<io::Result<Vec<_>>>()? {
             let reply = conversation.ask(&format!("client-kill {id}"))?;
             if reply.starts_with("SUCCESS:") {

@@ -1,6 +1,6 @@
 //! OpenVPN clients: asks every management socket of a directory at once, within one deadline.
 //!
-//! OpenVPN serves one connection, lets two wait and refuses the rest: each socket has an agent,
+//! OpenVPN serves one connection, lets two wait and keeps the rest from connecting: each socket has an agent,
 //! so that the daemon's own callers do not push each other out.
 
 mod management;
@@ -170,10 +170,8 @@ impl OpenVpn {
         };
         let sentences: Vec<_> = failed.iter().map(sentence).collect();
         let sentence = format!("OpenVPN management socket {}", sentences.join("; "));
-        match failed.iter().all(|failure| failure.timed_out) {
-            true => Failure::Timeout(sentence),
-            false => Failure::Failed(sentence),
-        }
+        let timed_out = failed.iter().all(|failure| failure.timed_out);
+        if timed_out { Failure::Timeout(sentence) } else { Failure::Failed(sentence) }
     }
 
     /// Begins a job at each socket, then waits for all. What there is no process for is `None`.
@@ -249,12 +247,15 @@ impl OpenVpn {
             let kind = entry.file_type().ok();
             if kind.is_none_or(|kind| kind.is_socket()) {
                 found.push((false, entry.path(), (device, entry.ino())));
-            } else if kind.is_some_and(|kind| kind.is_symlink())
-                // A link that leads nowhere is no socket.
-                && let Ok(target) = fs::metadata(entry.path())
-                && target.file_type().is_socket()
-            {
-                found.push((true, entry.path(), (target.dev(), target.ino())));
+            } else if kind.is_some_and(|kind| kind.is_symlink()) {
+                let inode = match fs::metadata(entry.path()) {
+                    Ok(target) if target.file_type().is_socket() => (target.dev(), target.ino()),
+                    // What may not be looked at is asked, and says why it cannot be.
+                    Err(why) if why.kind() == ErrorKind::PermissionDenied => (device, entry.ino()),
+                    // It leads nowhere, or to no socket.
+                    _ => continue,
+                };
+                found.push((true, entry.path(), inode));
             }
         }
         // Links come last: a socket has its own name.

@@ -78,6 +78,7 @@ pub(crate) fn common_name(certificate: &CertificateDer) -> Option<String> {
 }
 
 /// A list that a CA of `ca.crt` has signed.
+#[derive(Clone, PartialEq)]
 pub(super) struct List {
     pub(super) der: Vec<u8>,
     /// When the next one is due, in RFC 3339.

@@ -61,6 +61,7 @@ struct Credentials {
 }
 
 /// A certificate in `ca.crt`.
+#[derive(Clone, PartialEq)]
 struct Authority {
     validity: Validity,
     anchor: TrustAnchor<'static>,
@@ -87,7 +88,10 @@ impl Tls {
         if new.lists.is_empty() && !current.lists.is_empty() {
             log::warn!("ca.crl is not there any more: clients that it revoked are let in again");
         }
-        new.generation = current.generation + 1;
+        // Nobody is to connect again for the same files, which are read every day.
+        let files = |of: &Credentials| (of.chain.clone(), of.authorities.clone(), of.lists.clone());
+        let is_new = files(&new) != files(&current);
+        new.generation = current.generation + u64::from(is_new);
         *current = new;
         Ok(())
     }
@@ -97,7 +101,7 @@ impl Tls {
         Arc::clone(&lock(&self.current).config)
     }
 
-    /// How often the credentials have been replaced. Who asks for it before [`Tls::config`] never
+    /// How often the credentials have changed. Who asks for it before [`Tls::config`] never
     /// takes an old configuration for a new one.
     pub(crate) fn generation(&self) -> u64 {
         lock(&self.current).generation

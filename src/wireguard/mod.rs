@@ -12,7 +12,7 @@ use std::time::Instant;
 use log::info;
 use nix::errno::Errno;
 
-use crate::agent::{Agent, Failure};
+use crate::agent::{Agent, Answer, Failure};
 use crate::{lock, metrics};
 use kernel::Kernel;
 use sync::Change;
@@ -62,6 +62,11 @@ impl WireGuard {
 
     /// All peers. Callers who wait at the same time share one list.
     pub(crate) fn peers(&self, deadline: Instant) -> Result<Arc<Vec<Peer>>, Failure> {
+        self.begin_list(deadline)?.wait(deadline)
+    }
+
+    /// The same, to be waited for later.
+    pub(crate) fn begin_list(&self, deadline: Instant) -> Result<Answer<Arc<Vec<Peer>>>, Failure> {
         let device = Arc::clone(&self.device);
         let read = move |deadline| {
             let started = Instant::now();
@@ -69,7 +74,7 @@ impl WireGuard {
             metrics::listed(&peers, started);
             Ok(Arc::new(peers))
         };
-        self.agent.list(deadline, read)?.wait(deadline)
+        self.agent.list(deadline, read)
     }
 
     /// Adds the peer, or replaces the allowed IPs of the one that exists and leaves its session,
