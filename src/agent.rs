@@ -87,7 +87,8 @@ pub(crate) struct Answer<T> {
 impl<L: Clone + Send + 'static> Agent<L> {
     /// It has a thread while it has jobs.
     pub(crate) fn new(name: impl Into<String>) -> Arc<Self> {
-        let queue = Mutex::new(Queue { jobs: VecDeque::new(), has_thread: false });
+        // Room that is taken later would lie above what a job takes, which could not go back then.
+        let queue = Mutex::new(Queue { jobs: VecDeque::with_capacity(16), has_thread: false });
         Arc::new(Self { name: name.into(), queue })
     }
 

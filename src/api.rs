@@ -149,7 +149,8 @@ struct SyncBody {
 #[serde(expecting = "an object with `public_key` and `ip_net`")]
 struct ListedPeer {
     public_key: Key,
-    ip_net: Vec<IpNet>,
+    /// Without the room to grow that a `Vec` keeps: there may be a million of these.
+    ip_net: Box<[IpNet]>,
 }
 
 #[derive(Deserialize)]

@@ -230,9 +230,9 @@ fn long_lists_at_once_take_64_mib_and_leave_nothing_behind() {
     let daemon = Daemon::start(&[]);
     let peer = |number: u32| {
         let ip = std::net::Ipv4Addr::from(0x0a00_0000 + number);
-        format!(r#"{{"public_key":"{number:05}{}A=","ip_net":["{ip}/32"]}}"#, "A".repeat(37))
+        format!(r#"{{"public_key":"{number:06}{}A=","ip_net":["{ip}/32"]}}"#, "A".repeat(36))
     };
-    let peers = (0..20_000).map(peer).collect::<Vec<_>>().join(",");
+    let peers = (0..100_000).map(peer).collect::<Vec<_>>().join(",");
     let padding = "x".repeat((31 << 20) - peers.len());
     let body = format!(r#"{{"peer_list":[{peers}],"x":"{padding}"}}"#);
     let post = || daemon.call("POST", "/w/sync_peers", &[JSON], body.as_bytes());
