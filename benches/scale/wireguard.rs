@@ -2,6 +2,7 @@
 //! executable runs once more and prints its rows.
 
 use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -156,7 +157,7 @@ impl Device {
             let socket = format!("/var/run/wireguard/{name}.sock");
             let mut command = Command::new("unshare");
             command.args(["--net", "wireguard-go", "-f", &name]);
-            Process::start(&mut command, || Path::new(&socket).exists())
+            Process::start(&mut command, || UnixStream::connect(&socket).is_ok())
         });
         if !is_userspace {
             run("ip", &["link", "add", &name, "type", "wireguard"], "");

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs::{DirEntry, File, read_dir, read_to_string};
 use std::io::Write as _;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -123,7 +124,10 @@ impl Device {
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap_or_else(|e| panic!("{}: {e}; run tests/install-deps", program.display()));
-            wait_for(&format!("{} and its socket", program.display()), || self.socket().exists());
+            // `wg` deletes a socket on which nobody listens yet.
+            wait_for(&format!("{} and its socket", program.display()), || {
+                UnixStream::connect(self.socket()).is_ok()
+            });
             process
         });
         self.wg_input(&["private-key", "/dev/stdin"], &self.private_key);
