@@ -2,61 +2,43 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
+#[path = "common/device.rs"]
+mod device;
 #[path = "common/management.rs"]
 mod management;
 #[path = "common/pki.rs"]
 mod pki;
+#[path = "common/programs.rs"]
+mod programs;
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Daemon, PATIENCE};
-use management::{Directory, FakeClient, FakeOpenVpn, Mood};
+use common::{Daemon, TempDir, wait_until};
+use device::FakeDevice;
+use management::{FakeClient, FakeOpenVpn, Mood};
 use pki::{CLIENT, Pki, Profile, SERVER_NAME};
+use programs::Process;
 
 const KEY: &str = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
 
-/// A userspace device; removed when dropped.
-struct Device(String, PathBuf);
-
-impl Device {
-    /// It hangs, or always has one peer.
-    fn start(name: &str, hangs: bool) -> Self {
-        std::fs::create_dir_all("/var/run/wireguard").unwrap();
-        let name = format!("{name}{}", std::process::id());
-        let path = PathBuf::from(format!("/var/run/wireguard/{name}.sock"));
-        let listener = UnixListener::bind(&path).unwrap();
-        let key = |number: &str| number.repeat(32);
-        let peer = format!("public_key={}\nrx_bytes=100\ntx_bytes=7\n", key("01"));
-        let list = format!("private_key={}\n{peer}", key("02"));
-        thread::spawn(move || {
-            for mut stream in listener.incoming().map(Result::unwrap) {
-                let mut request = [0; 4096];
-                while !hangs && stream.read(&mut request).is_ok_and(|count| count > 0) {
-                    let list = if request.starts_with(b"get=1") { &list } else { "" };
-                    let _ = stream.write_all(format!("{list}errno=0\n\n").as_bytes());
-                }
-                std::mem::forget(stream);
-            }
-        });
-        Self(name, path)
-    }
-
-    fn daemon(&self, sockets: &Directory) -> Daemon {
-        Daemon::start(&["-wg-device", &self.0, "-openvpn-dir", sockets.path().to_str().unwrap()])
-    }
+/// A userspace device that always has one peer.
+fn device() -> FakeDevice {
+    let key = |number: &str| number.repeat(32);
+    FakeDevice::start(format!(
+        "private_key={}\npublic_key={}\nrx_bytes=100\ntx_bytes=7\nerrno=0\n\n",
+        key("02"),
+        key("01")
+    ))
 }
 
-impl Drop for Device {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.1);
-    }
+fn daemon(device: &FakeDevice, sockets: &TempDir) -> Daemon {
+    let sockets = sockets.path().to_str().unwrap();
+    Daemon::start(&["-wg-device", &device.name, "-openvpn-dir", sockets])
 }
 
 fn daemon_with_tls(pki: &Pki) -> Daemon {
@@ -85,12 +67,12 @@ fn audit(daemon: &Daemon) -> Vec<String> {
 
 #[test]
 fn promtool_finds_no_fault() {
-    let (device, directory) = (Device::start("vdp", false), Directory::new());
+    let (device, directory) = (device(), TempDir::new("sockets"));
     let client = FakeClient::new("c", "10.0.0.1", "", 1);
     let _odd = FakeOpenVpn::start(directory.join("a \"b\"\\\n.sock"), Mood::Healthy, vec![client]);
     let stale = directory.join("stale.sock");
     drop(UnixListener::bind(&stale).unwrap());
-    let daemon = device.daemon(&directory);
+    let daemon = daemon(&device, &directory);
     assert_eq!(daemon.get("/nothing").status, 404);
     let answer = daemon.get("/metrics?x=y");
     let media_type = Some("text/plain; version=0.0.4; charset=utf-8");
@@ -135,7 +117,7 @@ fn a_real_prometheus_scrapes_over_tls() {
     let mut prometheus = Command::new("prometheus");
     prometheus.args(["--config.file=yml", "--storage.tsdb.path=data", "--web.listen-address"]);
     prometheus.arg(free.to_string()).current_dir(pki.path("")).stderr(Stdio::null());
-    let mut prometheus = prometheus.spawn().expect("prometheus; run tests/install-deps");
+    let _prometheus = Process::start(&mut prometheus);
     let holds = |query: &str| {
         let (url, query) = (format!("http://{free}/api/v1/query"), format!("query={query}"));
         let curl = ["-s", "--noproxy", "*", "-G", "--data-urlencode", &query, &url];
@@ -147,23 +129,16 @@ fn a_real_prometheus_scrapes_over_tls() {
                  and on() (vpn_daemon_certificate_remaining_seconds{certificate='ca'} > 14 * 86400) \
                  and on() (vpn_daemon_tls_handshakes_failed_total{reason='NoCertificatesPresented'} == 1) \
                  and on() (histogram_quantile(0.5, vpn_daemon_request_duration_seconds_bucket) < 3)";
-    let end = Instant::now() + PATIENCE;
-    while !holds(query) && Instant::now() < end {
-        thread::sleep(Duration::from_millis(100));
-    }
-    let held = holds(query);
-    prometheus.kill().unwrap();
-    prometheus.wait().unwrap();
-    assert!(held, "{query}");
+    wait_until(query, || holds(query));
 }
 
 #[test]
 fn every_change_is_one_line() {
-    let (device, directory) = (Device::start("vda", false), Directory::new());
+    let (device, directory) = (device(), TempDir::new("sockets"));
     let clients = || vec![FakeClient::new("c", "10.0.0.1", "", 1), FakeClient::new("c", "", "", 2)];
     let _a = FakeOpenVpn::start(directory.join("a.sock"), Mood::Healthy, clients());
     let _b = FakeOpenVpn::start(directory.join("b.sock"), Mood::CloseAtOnce, clients());
-    let daemon = device.daemon(&directory);
+    let daemon = daemon(&device, &directory);
     // Call, body, and the line; `@` is the caller.
     let table = r#"
         /w/add_peer | public_key=KEY&ip_net=10.0.0.1/24&ip_net=::1/128 | action=add_peer peer=KEY allowed_ips=10.0.0.0/24,::1/128 count=2 @ result=204
@@ -260,18 +235,17 @@ fn counters_add_up() {
     }
     assert_eq!(text.matches("\nvpn_daemon_requests_total{").count(), 7, "{text}");
     assert_eq!(audit(&daemon).len(), 200);
-    let end = Instant::now() + PATIENCE;
-    while !daemon.get("/metrics").body.contains("\nvpn_daemon_connections 1\n") {
-        assert!(Instant::now() < end, "connections are not let go of");
-    }
+    wait_until("connections are let go of", || {
+        daemon.get("/metrics").body.contains("\nvpn_daemon_connections 1\n")
+    });
 }
 
 #[test]
 fn a_scrape_while_everything_hangs() {
-    let (device, directory) = (Device::start("vdh", true), Directory::new());
+    let ((device, _listener), directory) = (FakeDevice::hanging(), TempDir::new("sockets"));
     let start = |name, mood| FakeOpenVpn::start(directory.join(name), mood, vec![]);
     let _sockets = [start("a", Mood::Silent), start("b", Mood::Full), start("c", Mood::Healthy)];
-    let daemon = device.daemon(&directory);
+    let daemon = daemon(&device, &directory);
     let started = Instant::now();
     let expected = r#"wireguard_up 0
         openvpn_up{socket="a"} 0

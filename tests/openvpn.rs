@@ -1,58 +1,37 @@
 //! The OpenVPN backend over real OpenVPN: three servers and their clients on the loopback device
-//! of a network namespace of their own. Needs root, `openvpn`, `openssl`, `ip` and `setpriv`.
+//! of a network namespace of their own. Needs root and what `tests/install-deps` installs.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
+#[path = "common/programs.rs"]
+mod programs;
 
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use common::{Daemon, TempDir};
+use common::{Daemon, TempDir, wait_until};
+use programs::{Namespace, Process, command};
 use serde_json::{Value, json};
 
-/// Generous: the machine may be busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-        thread::sleep(Duration::from_millis(100));
-    }
-}
-
-fn run(program: &str, args: &[&str]) {
-    let output = Command::new(program)
-        .args(args)
-        .output()
-        .unwrap_or_else(|error| panic!("this test needs {program}: {error}"));
-    let printed = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}, as root: {printed}");
-}
-
-/// A network namespace with a loopback device, and a directory with a throw-away CA. All certificates
-/// share one key: only names matter here.
+/// A network namespace, and a directory with a throw-away CA. All certificates share one key: only
+/// names matter here.
 struct Site {
-    namespace: String,
+    namespace: Namespace,
     directory: TempDir,
 }
 
 impl Site {
     fn new() -> Self {
-        let namespace = format!("vd-openvpn-{}", std::process::id());
-        run("ip", &["netns", "add", &namespace]);
-        let site = Self { namespace, directory: TempDir::new("openvpn") };
-        run("ip", &["-n", &site.namespace, "link", "set", "lo", "up"]);
+        let site = Self { namespace: Namespace::new(), directory: TempDir::new("openvpn") };
         let (key, ca) = (site.file("key"), site.file("ca"));
         let curve = "ec_paramgen_curve:P-256";
-        run("openssl", &["genpkey", "-algorithm", "EC", "-pkeyopt", curve, "-out", &key]);
-        run("openssl", &["req", "-x509", "-key", &key, "-subj", "/CN=test CA", "-out", &ca]);
+        command("openssl", &["genpkey", "-algorithm", "EC", "-pkeyopt", curve, "-out", &key]);
+        command("openssl", &["req", "-x509", "-key", &key, "-subj", "/CN=test CA", "-out", &ca]);
         site
     }
 
@@ -61,58 +40,38 @@ impl Site {
     }
 
     /// An OpenVPN process that shows this common name; `file` is the beginning of its files' names.
-    fn start(&self, file: &str, common_name: &str, options: &str) -> Process {
+    fn start(&self, file: &str, common_name: &str, options: &str) -> OpenVpn {
         let subject = common_name.replace('\\', "\\\\").replace('/', "\\/").replace('+', "\\+");
         let subject = format!("/CN={subject}");
         let (key, ca, certificate) = (self.file("key"), self.file("ca"), self.file(file));
         let sign = ["req", "-x509", "-utf8", "-key", &key, "-CA", &ca, "-CAkey", &key];
         let usage = ["-addext", "basicConstraints=critical,CA:FALSE"];
-        run("openssl", &[&sign[..], &usage, &["-subj", &subject, "-out", &certificate]].concat());
+        let names = ["-subj", &subject, "-out", &certificate];
+        command("openssl", &[&sign[..], &usage, &names].concat());
         let log = self.file(&format!("{file}.log"));
-        let child = Command::new("ip")
-            .args(["netns", "exec", &self.namespace, "setpriv", "--pdeathsig", "KILL"])
-            // `make test-versions` names other versions.
-            .arg(std::env::var_os("OPENVPN").unwrap_or("openvpn".into()))
-            .args(["--verb", "3", "--ca", &ca, "--key", &key, "--cert", &certificate])
-            .args(options.split_whitespace())
-            .stdin(Stdio::null())
-            .stdout(File::create(&log).unwrap())
-            .stderr(Stdio::null())
-            .spawn();
-        Process { child: child.unwrap(), log }
+        let mut openvpn = Command::new("nsenter");
+        openvpn.arg(format!("--net={}", self.namespace.path()));
+        // `make test-versions` names other versions.
+        openvpn.arg(std::env::var_os("OPENVPN").unwrap_or("openvpn".into()));
+        openvpn.args(["--verb", "3", "--ca", &ca, "--key", &key, "--cert", &certificate]);
+        openvpn.args(options.split_whitespace()).stdin(Stdio::null());
+        openvpn.stdout(File::create(&log).unwrap()).stderr(Stdio::null());
+        OpenVpn { process: Process::start(&mut openvpn), log }
     }
 }
 
-impl Drop for Site {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.namespace]).status();
-    }
-}
-
-/// An OpenVPN process; ended at the end.
-struct Process {
-    child: Child,
+struct OpenVpn {
+    process: Process,
     log: String,
 }
 
-impl Process {
+impl OpenVpn {
     fn wait_ready(&mut self) {
         wait_until("OpenVPN is ready", || {
             let text = fs::read_to_string(&self.log).unwrap();
-            assert!(self.child.try_wait().unwrap().is_none(), "OpenVPN has ended:\n{text}");
+            assert!(self.process.is_running(), "OpenVPN has ended:\n{text}");
             text.contains("Initialization Sequence Completed")
         });
-    }
-
-    fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -136,7 +95,7 @@ fn lists_and_disconnects_real_clients() {
     let site = Site::new();
     let script = site.file("client-connect");
     fs::write(&script, format!("#!/bin/sh\n[ ! -e {script}-hangs ] || sleep 4\n")).unwrap();
-    run("chmod", &["755", &script]);
+    command("chmod", &["755", &script]);
     let server = |(number, pool): (usize, &str)| {
         let socket = sockets.path().join(format!("default-{number}.sock"));
         let options = format!(
@@ -153,7 +112,7 @@ fn lists_and_disconnects_real_clients() {
         "--server 10.93.0.0 255.255.255.0",
     ];
     let mut servers: Vec<_> = pools.into_iter().enumerate().map(server).collect();
-    servers.iter_mut().for_each(Process::wait_ready);
+    servers.iter_mut().for_each(OpenVpn::wait_ready);
     // A client that loses its connection ends.
     let client = |(number, (name, server)): (usize, (&'static str, usize))| {
         let options = format!(
@@ -180,7 +139,7 @@ fn lists_and_disconnects_real_clients() {
     assert_eq!(list(&daemon)["connection_list"][0]["common_name"], "late");
 
     // So with one that is stopped; one that has gone has no clients.
-    let signal = |name| run("kill", &["-s", name, &servers[2].child.id().to_string()]);
+    let signal = |name| command("kill", &["-s", name, &servers[2].process.0.id().to_string()]);
     signal("STOP");
     assert_eq!(list(&daemon)["failed"], failed("default-2.sock"));
     signal("CONT");
@@ -232,18 +191,18 @@ fn check_held_socket(daemon: &Daemon, socket: &Path) {
 }
 
 /// Each name in turn: all of its clients go, nobody else does.
-fn check_disconnect(daemon: &Daemon, clients: &mut Vec<(&str, Process)>) {
+fn check_disconnect(daemon: &Daemon, clients: &mut Vec<(&str, OpenVpn)>) {
     let disconnect = |name: &str| daemon.post("/o/disconnect_client", &[("common_name", name)]);
     assert_eq!(disconnect("nobody").status, 204);
     while let Some((name, _)) = clients.first() {
         let name = *name;
         assert_eq!(disconnect(name).status, 204, "{name:?}");
         for (_, client) in clients.iter_mut().filter(|(other, _)| *other == name) {
-            wait_until(name, || !client.is_running());
+            wait_until(name, || !client.process.is_running());
         }
         clients.retain(|(other, _)| *other != name);
         for (other, client) in clients.iter_mut() {
-            assert!(client.is_running(), "{name:?} ended {other:?}");
+            assert!(client.process.is_running(), "{name:?} ended {other:?}");
         }
         wait_until("it is gone from the list", || {
             let listed = list(daemon)["connection_list"].as_array().unwrap().len();

@@ -9,7 +9,7 @@ mod device;
 
 use std::fmt::Write as _;
 
-use common::{Answer, Daemon, PATIENCE};
+use common::{Answer, Daemon, wait_until};
 use device::FakeDevice;
 
 const JSON: &str = "Content-Type: application/json";
@@ -62,11 +62,6 @@ fn a_hundred_thousand_peers_are_listed_in_bounded_memory() {
     assert_eq!(in_time(&|| post(&daemon, "", &body)), nothing);
     let peak = daemon.status("VmHWM");
     assert!(peak < 100 * 1024, "at the peak {peak} KiB");
-    // It is freed after the answer is sent.
-    let end = std::time::Instant::now() + PATIENCE;
-    while daemon.status("VmRSS") >= 25 * 1024 {
-        assert!(std::time::Instant::now() < end, "{} KiB stay", daemon.status("VmRSS"));
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
+    wait_until("it is freed after the answer", || daemon.status("VmRSS") < 25 * 1024);
     println!("{PEERS} peers: {peak} KiB at the peak, {} KiB afterwards", daemon.status("VmRSS"));
 }

@@ -15,32 +15,36 @@ pub struct FakeDevice {
 }
 
 impl FakeDevice {
-    /// One that answers every request with the same.
-    pub fn start(answer: String) -> Self {
-        let device = Self::stale();
-        fs::remove_file(&device.socket).unwrap();
-        let listener = UnixListener::bind(&device.socket).unwrap();
-        fs::set_permissions(&device.socket, Permissions::from_mode(0o777)).unwrap();
+    /// One that gives this list, and takes every change.
+    pub fn start(list: String) -> Self {
+        let (device, listener) = Self::hanging();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                let mut stream = stream.unwrap();
+                let (mut stream, mut request) = (stream.unwrap(), [0; 4096]);
                 // A caller that cannot wait goes away.
-                let _ = stream.read_exact(&mut [0; b"get=1\n\n".len()]);
+                let _ = stream.read(&mut request);
+                let answer = if request.starts_with(b"get=1") { &list } else { "errno=0\n\n" };
                 let _ = stream.write_all(answer.as_bytes());
             }
         });
         device
     }
 
-    /// A socket without a process behind it.
-    pub fn stale() -> Self {
+    /// One whose process says nothing, as long as the listener is kept.
+    pub fn hanging() -> (Self, UnixListener) {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("vd{}.{number}", std::process::id());
         fs::create_dir_all("/var/run/wireguard").unwrap();
         let socket = PathBuf::from(format!("/var/run/wireguard/{name}.sock"));
-        drop(UnixListener::bind(&socket).unwrap());
-        Self { name, socket }
+        let listener = UnixListener::bind(&socket).unwrap();
+        fs::set_permissions(&socket, Permissions::from_mode(0o777)).unwrap();
+        (Self { name, socket }, listener)
+    }
+
+    /// A socket without a process behind it.
+    pub fn stale() -> Self {
+        Self::hanging().0
     }
 }
 

@@ -14,27 +14,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crate::common::TempDir;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, connect, listen, shutdown,
     socket,
 };
-
-/// A directory for sockets, removed at the end.
-pub struct Directory(TempDir);
-
-impl Directory {
-    pub fn new() -> Self {
-        Self(TempDir::new("sockets"))
-    }
-    pub fn path(&self) -> &Path {
-        self.0.path()
-    }
-    pub fn join(&self, name: &str) -> PathBuf {
-        self.path().join(name)
-    }
-}
 
 /// A client as the process reports it.
 #[derive(Clone, Debug)]
@@ -69,8 +53,6 @@ pub enum Mood {
     /// Accepts nothing, but has room for those who wait.
     Deaf,
     CloseAtOnce,
-    CloseAfterGreeting,
-    CloseInReply,
     /// Answers this many commands and closes.
     Close(usize),
     GarbageGreeting,
@@ -178,7 +160,7 @@ pub fn crowd(path: &Path) -> Vec<OwnedFd> {
     }
 }
 
-const GREETING: &str =
+pub const GREETING: &str =
     ">INFO:OpenVPN Management Interface Version 5 -- type 'help' for more info\r\n";
 const NEWS: &str = ">LOG:1700000000,I,END\r\n>BYTECOUNT_CLI:3,1,2\r\n";
 
@@ -204,7 +186,6 @@ impl Shared {
             Mood::FloodLine => return flood(stream, "x"),
             Mood::FloodNews => return flood(stream, NEWS),
             Mood::Password => return hold(stream, b"ENTER PASSWORD:"),
-            Mood::CloseAfterGreeting => return stream.write_all(GREETING.as_bytes()),
             Mood::Chatty => stream.write_all([NEWS, GREETING, NEWS].concat().as_bytes())?,
             _ => stream.write_all(GREETING.as_bytes())?,
         }
@@ -222,7 +203,6 @@ impl Shared {
                     let row = "CLIENT_LIST\tx\tr\t10.0.0.1\t\t0\t0\t\t0\t\t1\t1\t\r\n";
                     return flood(stream, row);
                 }
-                Mood::CloseInReply => return stream.write_all(&reply[..reply.len() / 2]),
                 Mood::NoEnd => return hold(stream, reply.strip_suffix(b"END\r\n").unwrap()),
                 Mood::Reply(text) => return hold(stream, text.as_bytes()),
                 Mood::Drip => {
@@ -303,7 +283,7 @@ fn parameters(line: &str) -> Option<Vec<String>> {
 }
 
 /// The report of OpenVPN 2.6.
-fn status(clients: &[FakeClient]) -> Vec<u8> {
+pub fn status(clients: &[FakeClient]) -> Vec<u8> {
     let mut report = b"TITLE\tOpenVPN 2.6.14 x86_64-pc-linux-gnu\r\n\
         TIME\t2025-01-01 00:00:00\t1735689600\r\n\
         HEADER\tCLIENT_LIST\tCommon Name\tReal Address\tVirtual Address\tVirtual IPv6 Address\t\
