@@ -3,17 +3,18 @@
 
 use std::io::{BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tiny_http::{Header, Response, Server};
 
-use crate::common::{Answer, Daemon, connect};
+use crate::common::{Answer, Daemon, connect, wait_until};
 use crate::pki::Pki;
+use crate::programs::Process;
 use crate::row::{Row, Unit, turns};
-use crate::{Process, Say, get};
+use crate::{Say, get};
 
 const ROUNDS: usize = 7;
 const SECONDS: u64 = 2; // of one measurement
@@ -122,5 +123,8 @@ fn openssl_server(pki: &Pki) -> (Process, SocketAddr) {
                    -cert server.crt -key server.key -accept";
     let mut command = Command::new("openssl");
     command.args(options.split(' ')).arg(address.to_string()).current_dir(pki.path(""));
-    (Process::start(&mut command, || TcpStream::connect(address).is_ok()), address)
+    command.stdin(Stdio::piped()); // it ends where its input does
+    let server = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    wait_until("openssl listens", || TcpStream::connect(address).is_ok());
+    (server, address)
 }

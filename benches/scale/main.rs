@@ -9,18 +9,23 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/wireguard/devices.rs"]
+mod devices;
 mod drawing;
 mod front;
+#[path = "../../tests/common/management.rs"]
+mod management;
 mod openvpn;
 #[path = "../../tests/common/pki.rs"]
 mod pki;
+#[path = "../../tests/common/programs.rs"]
+mod programs;
 mod row;
 #[path = "../../tests/vm/mod.rs"]
 mod vm;
 mod wireguard;
 
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
 
 use common::Daemon;
 use row::Row;
@@ -29,7 +34,7 @@ use row::Row;
 type Say<'a> = &'a mut dyn FnMut(Row);
 
 fn main() -> ExitCode {
-    if std::env::var_os(wireguard::GUEST).is_some() {
+    if vm::is_inside() {
         wireguard::measure_in_guest();
         return ExitCode::SUCCESS;
     }
@@ -40,9 +45,9 @@ fn main() -> ExitCode {
         println!("{row}");
         rows.push(row);
     };
-    let measures: [fn(Say); 3] = [front::measure, openvpn::measure, wireguard::measure];
-    for (part, measure) in ["front", "openvpn", "wireguard"].into_iter().zip(measures) {
-        if part.contains(&only) {
+    let parts: [fn(Say); 3] = [front::measure, openvpn::measure, wireguard::measure];
+    for (name, measure) in ["front", "openvpn", "wireguard"].into_iter().zip(parts) {
+        if name.contains(&only) {
             measure(&mut say);
         }
     }
@@ -50,30 +55,6 @@ fn main() -> ExitCode {
     std::fs::write(&drawing, drawing::svg(&rows)).unwrap();
     println!("\nThe drawing is {}.", drawing.display());
     ExitCode::from(u8::from(rows.iter().any(|row| row.verdict() == row::OVER)))
-}
-
-/// A process that ends with the value, by SIGTERM, so that it leaves nothing behind.
-struct Process(Child);
-
-impl Process {
-    /// Starts it, and waits until it is `ready`.
-    fn start(command: &mut Command, ready: impl Fn() -> bool) -> Self {
-        let (input, silent) = (Stdio::piped(), Stdio::null);
-        let process = Self(command.stdin(input).stdout(silent()).stderr(silent()).spawn().unwrap());
-        let end = Instant::now() + common::PATIENCE;
-        while !ready() {
-            assert!(Instant::now() < end, "{command:?} does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        process
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
-        let _ = self.0.wait();
-    }
 }
 
 /// A request on a connection of its own, as the portal makes them; the body of the answer.

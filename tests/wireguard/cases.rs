@@ -1,19 +1,17 @@
 //! The cases that the implementations of WireGuard have in common, and those of processes.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, UdpSocket};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use nix::sys::signal::Signal::SIGCONT;
 use serde_json::{Value, json};
 
 use crate::Case;
-use crate::common::{Answer, Daemon};
-use crate::devices::{Device, Kind, Namespace, Wanted, command, key, unused_name, wait_for};
+use crate::common::{Answer, Daemon, wait_until};
+use crate::devices::{Device, Kind, Wanted, key, unused_name};
+use crate::programs::{Namespace, command};
 
 /// For every implementation.
 pub const COMMON: &[Case] = &[
@@ -31,7 +29,6 @@ pub const COMMON: &[Case] = &[
 pub const PROCESS: &[Case] = &[
     ("the process hangs", process_hangs),
     ("the process was killed, and another takes its place", process_replaced),
-    ("adding costs no list", adding_costs_no_list),
 ];
 
 /// Texts of allowed IPs.
@@ -166,7 +163,7 @@ impl Tunnel {
         let sender = self.client_namespace.enter(|| UdpSocket::bind((Self::CLIENT, 0)).unwrap());
         let mut buffer = [0; 1000];
         // The first datagrams may be lost while the two sides meet.
-        wait_for("a datagram through the tunnel", || {
+        wait_until("a datagram through the tunnel", || {
             sender.send_to(&buffer, address).unwrap();
             receiver.recv(&mut [0; 1000]).is_ok()
         });
@@ -175,7 +172,7 @@ impl Tunnel {
             receiver.recv(&mut buffer).unwrap();
         }
         let seen = || self.server.seen();
-        wait_for("quiet counters", || seen() == seen());
+        wait_until("quiet counters", || seen() == seen());
         self.server.check().remove(0)
     }
 }
@@ -213,7 +210,10 @@ fn settings(kind: Kind) {
         command.env("RUST_LOG", "trace");
     });
     let (peer, list) = (key(1), ips(&["10.1.0.1/32"]));
-    let preshared_key = device.set_secret(&peer);
+    let preshared_key = command("wg", &["genpsk"]).trim().to_owned();
+    let settings = ["peer", &*peer, "persistent-keepalive", "25", "endpoint", "127.0.0.1:9"];
+    let secret = ["preshared-key", "/dev/stdin"];
+    device.wg_input(&[&settings[..], &secret].concat(), &preshared_key);
     let before = device.row(&peer);
     // What is so already is left alone; boringtun forgets the settings when the allowed IPs change.
     device.sync_until_done(&[(peer.clone(), vec![])]);
@@ -342,12 +342,12 @@ fn process_hangs(kind: Kind) {
         let syncing = scope.spawn(|| device.sync("", &goal));
         while !syncing.is_finished() {
             std::thread::sleep(Duration::from_millis(200));
-            device.resume();
+            device.signal(SIGCONT);
             std::thread::sleep(Duration::from_millis(20));
             device.stop();
         }
     });
-    device.resume();
+    device.signal(SIGCONT);
     device.sync_until_done(&goal);
 }
 
@@ -364,55 +364,4 @@ fn process_replaced(kind: Kind) {
         assert_eq!(device.add(&key(1), &ips(&[ip])).status, 204);
         device.has(&peer(ip));
     }
-}
-
-/// What the daemon asks for, and how long the answer is.
-type Asked = (String, usize);
-
-/// With a recorder between daemon and process: however many peers there are, an addition is one
-/// request, and its answer is short. boringtun, which cannot change a peer, is listed.
-fn adding_costs_no_list(kind: Kind) {
-    let mut device = Device::new(kind);
-    device.load(&(0..1000).map(|n| (key(n), block(n, 1))).collect::<Vec<_>>());
-    // The daemon alone sees the recorder: the implementations end where their socket is touched.
-    let (socket, recorder) = (device.socket(), device.socket().with_extension("recorder"));
-    let listener = UnixListener::bind(&recorder).unwrap();
-    let mut bound = Command::new("unshare");
-    let script = r#"mount --bind "$0" "$1" && shift && exec "$@""#;
-    bound.args(["--mount", "sh", "-c", script]).args([&recorder, &socket]);
-    bound.arg(env!("CARGO_BIN_EXE_vpn-daemon"));
-    device.daemon = Daemon::start_as(bound, &["-wg-device", &device.name], |_| {});
-    let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
-    let record = Arc::clone(&asked);
-    std::thread::spawn(move || {
-        for mut daemon in listener.incoming().map_while(Result::ok) {
-            let (mut request, mut byte) = (Vec::new(), [0]);
-            while !request.ends_with(b"\n\n") && daemon.read(&mut byte).unwrap() > 0 {
-                request.push(byte[0]);
-            }
-            let mut process = UnixStream::connect(&socket).unwrap();
-            process.write_all(&request).unwrap();
-            let mut answer = Vec::new();
-            while !answer.ends_with(b"\n\n") && process.read(&mut byte).unwrap() > 0 {
-                answer.push(byte[0]);
-            }
-            let line = String::from_utf8(request).unwrap().lines().next().unwrap().to_owned();
-            record.lock().unwrap().push((line, answer.len()));
-            let _ = daemon.write_all(&answer);
-            let _ = daemon.shutdown(Shutdown::Both);
-        }
-    });
-    // The first one finds out who the process is.
-    assert_eq!(device.add(&key(5000), &ips(&["10.1.0.1/32"])).status, 204);
-    asked.lock().unwrap().clear();
-    for number in [5001, 5] {
-        assert_eq!(device.add(&key(number), &ips(&["10.1.0.2/32"])).status, 204);
-    }
-    let asked = asked.lock().unwrap().clone();
-    let lists = asked.iter().filter(|(request, _)| request == "get=1").count();
-    match kind {
-        Kind::Boringtun => assert_eq!(lists, 2, "{asked:?}"),
-        _ => assert_eq!(asked, vec![("set=1".to_owned(), "errno=0\n\n".len()); 2]),
-    }
-    std::fs::remove_file(&recorder).unwrap();
 }

@@ -1,24 +1,21 @@
-//! Network namespaces and the WireGuard devices in them, each with a daemon, and with `wg` as the
-//! independent witness.
+//! WireGuard devices, each with a daemon, and with `wg` as the independent witness.
 
-use std::fmt::Write as _;
-use std::fs::{DirEntry, File, read_dir, read_to_string};
-use std::io::Write as _;
-use std::os::fd::AsRawFd;
+#![allow(dead_code, reason = "the bench uses a part of it")]
+
+use std::fs::{DirEntry, read_dir, read_to_string};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::common::{Answer, Daemon};
+use crate::common::{Answer, Daemon, wait_until};
+use crate::programs::{Process, command, input};
 use crate::vm::target_dir;
 
 /// Who implements WireGuard.
@@ -27,57 +24,6 @@ pub enum Kind {
     Kernel,
     WireguardGo,
     Boringtun,
-}
-
-/// A network namespace without a name; it is gone when this and its users are.
-pub struct Namespace(File);
-
-impl Namespace {
-    pub fn new() -> Self {
-        let make = || {
-            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
-            command("ip", &["link", "set", "lo", "up"]);
-            Self(File::open("/proc/thread-self/ns/net").unwrap())
-        };
-        std::thread::scope(|scope| scope.spawn(make).join().unwrap())
-    }
-
-    /// Runs `f`, and what it starts, in the namespace.
-    pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        let enter = || {
-            setns(&self.0, CloneFlags::CLONE_NEWNET).unwrap();
-            f()
-        };
-        std::thread::scope(|scope| scope.spawn(enter).join())
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
-
-    /// The argument of `ip link … netns` for this namespace.
-    pub fn path(&self) -> String {
-        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
-    }
-}
-
-/// Runs a program that has to succeed; its output.
-pub fn command(program: &str, arguments: &[&str]) -> String {
-    input(program, arguments, "")
-}
-
-/// Runs a program that reads `stdin` and has to succeed; its output.
-pub fn input(program: &str, arguments: &[&str], stdin: &str) -> String {
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|e| panic!("{program}: {e}; run tests/install-deps"));
-    // A program that does not read its input may have ended by now.
-    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
-    let output = child.wait_with_output().unwrap();
-    let (line, stderr) = (arguments.join(" "), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{program} {line} failed: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A peer that is to be: its key and its allowed IPs.
@@ -90,7 +36,7 @@ pub struct Device {
     pub private_key: String,
     pub public_key: String,
     pub daemon: Daemon,
-    process: Option<Child>,
+    process: Option<Process>,
 }
 
 impl Device {
@@ -116,18 +62,13 @@ impl Device {
             Kind::Boringtun => Some(target_dir().join("boringtun/bin/boringtun-cli")),
         };
         self.process = userspace.map(|program| {
-            let process = Command::new(&program)
-                .args(["-f", name])
-                .env("WG_SUDO", "true") // boringtun: do not become the user of `sudo`
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap_or_else(|e| panic!("{}: {e}; run tests/install-deps", program.display()));
+            let mut command = Command::new(program);
+            // boringtun: do not become the user of `sudo`.
+            command.args(["-f", name]).env("WG_SUDO", "true");
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let process = Process::start(&mut command);
             // `wg` deletes a socket on which nobody listens yet.
-            wait_for(&format!("{} and its socket", program.display()), || {
-                UnixStream::connect(self.socket()).is_ok()
-            });
+            wait_until("its socket", || UnixStream::connect(self.socket()).is_ok());
             process
         });
         self.wg_input(&["private-key", "/dev/stdin"], &self.private_key);
@@ -136,36 +77,26 @@ impl Device {
 
     /// Deletes the interface; a killed process leaves its socket behind.
     pub fn delete(&mut self) {
-        match self.process.take() {
-            None => drop(command("ip", &["link", "delete", &self.name])),
-            Some(mut process) => {
-                process.kill().unwrap();
-                process.wait().unwrap();
-            }
+        if self.process.take().is_none() {
+            command("ip", &["link", "delete", &self.name]);
         }
     }
 
     /// Stops the userspace implementation, as a process that hangs.
     pub fn stop(&self) {
-        let id = self.signal(Signal::SIGSTOP);
+        self.signal(Signal::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.process.as_ref().unwrap().0.id());
         let stopped = |task: std::io::Result<DirEntry>| {
             read_to_string(task.unwrap().path().join("stat")).unwrap().contains(") T ")
         };
         // Threads that run on another CPU go on for a moment.
-        wait_for("the process to stop", || {
-            read_dir(format!("/proc/{id}/task")).unwrap().all(stopped)
-        });
+        wait_until("the process stops", || read_dir(&tasks).unwrap().all(stopped));
     }
 
-    /// Lets it go on.
-    pub fn resume(&self) {
-        self.signal(Signal::SIGCONT);
-    }
-
-    fn signal(&self, signal: Signal) -> u32 {
-        let id = self.process.as_ref().unwrap().id();
-        kill(Pid::from_raw(id.try_into().unwrap()), signal).unwrap();
-        id
+    /// Sends a signal to the userspace implementation.
+    pub fn signal(&self, signal: Signal) {
+        let id = self.process.as_ref().unwrap().0.id().try_into().unwrap();
+        kill(Pid::from_raw(id), signal).unwrap();
     }
 
     /// Where a userspace implementation listens.
@@ -183,37 +114,27 @@ impl Device {
         input("wg", &[&["set", &self.name], arguments].concat(), stdin);
     }
 
-    /// Gives the peer a preshared key, which is returned, a keepalive and an endpoint.
-    pub fn set_secret(&self, key: &str) -> String {
-        let preshared_key = command("wg", &["genpsk"]).trim().to_owned();
-        let settings = ["peer", key, "persistent-keepalive", "25", "endpoint", "127.0.0.1:9"];
-        let secret = ["preshared-key", "/dev/stdin"];
-        self.wg_input(&[&settings[..], &secret].concat(), &preshared_key);
-        preshared_key
-    }
-
     /// Makes these the device's only peers, with `wg setconf`.
     pub fn load(&self, peers: &[Wanted]) {
-        let mut config = format!("[Interface]\nPrivateKey = {}\n", self.private_key);
-        for (key, allowed_ips) in peers {
-            writeln!(config, "[Peer]\nPublicKey = {key}").unwrap();
-            if !allowed_ips.is_empty() {
-                writeln!(config, "AllowedIPs = {}", allowed_ips.join(", ")).unwrap();
-            }
-        }
+        let config = format!("[Interface]\nPrivateKey = {}\n{}", self.private_key, config(peers));
         input("wg", &["setconf", &self.name, "/dev/stdin"], &config);
+    }
+
+    /// What `wg show` knows: a line for the device, and one for each peer.
+    pub fn dump(&self) -> String {
+        command("wg", &["show", &self.name, "dump"])
     }
 
     /// The peer as `wg show … dump` prints it.
     pub fn row(&self, key: &str) -> Vec<String> {
-        let dump = command("wg", &["show", &self.name, "dump"]);
+        let dump = self.dump();
         let row = dump.lines().find(|line| line.starts_with(key)).expect("the peer is there");
         row.split('\t').map(str::to_owned).collect()
     }
 
     /// All peers as `wg` sees them, in the words of the API and in order of the public key.
     pub fn seen(&self) -> Vec<Value> {
-        let dump = command("wg", &["show", &self.name, "dump"]);
+        let dump = self.dump();
         in_order(dump.lines().skip(1).map(|line| {
             let fields: Vec<&str> = line.split('\t').collect();
             let [key, _, _, allowed_ips, seen, rx, tx, _] = fields[..] else { panic!("{line}") };
@@ -307,12 +228,18 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.process.is_some() {
-            self.delete();
-            let _ = std::fs::remove_file(self.socket());
-        }
         // A device of the kernel ends with its namespace.
+        let _ = std::fs::remove_file(self.socket());
     }
+}
+
+/// Peers as `wg setconf` takes them.
+pub fn config(peers: &[Wanted]) -> String {
+    let peer = |(key, ips): &Wanted| {
+        let ips = ips.iter().map(|ip| format!("AllowedIPs = {ip}\n"));
+        format!("[Peer]\nPublicKey = {key}\n{}", ips.collect::<String>())
+    };
+    peers.iter().map(peer).collect()
 }
 
 /// By public key, and the allowed IPs of each in order.
@@ -337,13 +264,4 @@ pub fn key(number: u32) -> String {
 pub fn unused_name() -> String {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     format!("t{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
-}
-
-/// Waits until `done`; panics after a time that is only there to end a hang.
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }

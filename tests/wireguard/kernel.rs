@@ -13,7 +13,8 @@ use wireguard_uapi::linux::set::{self, WgPeerF};
 
 use crate::cases::{assert_fails, block, ips};
 use crate::common::Daemon;
-use crate::devices::{Device, Kind, Wanted, command, key, unused_name};
+use crate::devices::{Device, Kind, Wanted, key, unused_name};
+use crate::programs::command;
 use crate::{Case, say};
 
 pub const CASES: &[Case] = &[

@@ -11,25 +11,20 @@ mod cases;
 mod common;
 mod devices;
 mod kernel;
+#[path = "../common/programs.rs"]
+mod programs;
 #[path = "../vm/mod.rs"]
 mod vm;
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use devices::{Kind, Namespace};
-use vm::{Initramfs, Kernel, Machine, which};
+use devices::Kind;
+use programs::Namespace;
 
 /// A name, and what panics if it does not hold. Each case runs in a network namespace of its own.
 type Case = (&'static str, fn(Kind));
-
-/// Set in the machine.
-const ROLE: &str = "IN_THE_MACHINE";
-
-/// Emulation on a busy machine is slow: this bounds a hang, it is no measure.
-const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 #[test]
 fn wireguard_go() {
@@ -44,27 +39,15 @@ fn boringtun() {
 /// Boots a machine that runs this very test; in the machine it is the cases.
 #[test]
 fn kernel() {
-    if std::env::var_os(ROLE).is_some() {
+    if vm::is_inside() {
         return run(Kind::Kernel, &[cases::COMMON, kernel::CASES]);
     }
-    let (kernel, executable) = (Kernel::find(), std::env::current_exe().unwrap());
-    let case = std::env::var("CASE").unwrap_or_default();
-    let command = format!("{ROLE}=yes CASE='{case}' {} --exact kernel", executable.display());
-    let mut initramfs = Initramfs::new(&kernel, &["wireguard", "veth"], &command);
-    let daemon = Path::new(env!("CARGO_BIN_EXE_vpn-daemon"));
-    for program in [&executable, daemon, &which("wg"), &which("ip")] {
-        initramfs.program(program);
-    }
-    let image = initramfs.write();
-    let mut console = String::new();
-    let status = Machine::boot(&kernel, &image, 1024, LIMIT).wait(|line| {
+    let case = format!("CASE='{}'", std::env::var("CASE").unwrap_or_default());
+    vm::run_inside(vm::USUAL, "wireguard veth", [&case, "--exact kernel"], |line| {
         if line.starts_with("Kernel: ") {
             say(line);
         }
-        console += line;
-        console.push('\n');
     });
-    assert!(status == Some(0), "failed in the machine:\n{console}");
 }
 
 /// Runs all cases, says how each went, and fails in the end if one did.
