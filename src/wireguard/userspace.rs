@@ -229,12 +229,12 @@ impl Userspace<'_> {
 /// Parses the answer to `get=1`. boringtun alone tells its own public key, and how long ago a
 /// handshake was where the protocol wants its time.
 fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGetResponseError> {
-    let (mut peers, is_boringtun) = parse_lines(stream)?;
-    let own_key = is_boringtun.then(|| peers.remove(0).public_key.into());
-    let time = |time: Duration| match is_boringtun {
+    let device = parse_lines(stream)?;
+    let own_key = device.private_key.map(PublicKey::from);
+    let time = |time: Duration| match own_key {
         _ if time.is_zero() => None,
-        true => now.checked_sub(time),
-        false => SystemTime::UNIX_EPOCH.checked_add(time),
+        Some(_) => now.checked_sub(time),
+        None => SystemTime::UNIX_EPOCH.checked_add(time),
     };
     let peer = |peer: get::Peer| {
         let allowed_ips = peer.allowed_ips.iter().map(|ip| AllowedIp::new(ip.ipaddr, ip.cidr_mask));
@@ -246,7 +246,7 @@ fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGet
             tx_bytes: peer.tx_bytes,
         })
     };
-    let peers = peers.into_iter().map(peer).collect::<Option<_>>().ok_or_else(|| {
+    let peers = device.peers.into_iter().map(peer).collect::<Option<_>>().ok_or_else(|| {
         ParseGetResponseError::ReadLineIoError(malformed("it has an impossible allowed IP"))
     })?;
     Ok(Snapshot { own_key, peers })
@@ -255,14 +255,18 @@ fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGet
 /// Hands an answer to the crate's parser, as it can take it: only the keys that are needed (it refuses
 /// unknown ones, and secrets stay outside), after a `listen_port` (it panics without), with the
 /// handshake times reset at each peer (it keeps those of the peer before), up to the empty line at the
-/// end. Whether it is boringtun's: then the first peer is the device's own key.
-fn parse_lines(stream: impl Read) -> Result<(Vec<get::Peer>, bool), ParseGetResponseError> {
-    let mut lines = BufReader::new(stream.take(REPLY_LIMIT)).lines();
-    let mut inserted = vec!["listen_port=0"];
-    let (mut is_boringtun, mut has_status) = (false, false);
-    let device = parse(std::iter::from_fn(|| {
+/// end. The device's own public key, which is boringtun's first line, takes the place of the private one.
+fn parse_lines(stream: impl Read) -> Result<get::Device, ParseGetResponseError> {
+    let mut lines = BufReader::new(stream.take(REPLY_LIMIT)).lines().peekable();
+    let mut inserted = vec!["listen_port=0".to_owned()];
+    let is_own = |line: &String| line.starts_with("own_public_key=");
+    if let Some(Ok(line)) = lines.next_if(|line| line.as_ref().is_ok_and(is_own)) {
+        inserted.push(line.replacen("own_public", "private", 1));
+    }
+    let mut has_status = false;
+    parse(std::iter::from_fn(|| {
         if let Some(line) = inserted.pop() {
-            return Some(Ok(line.to_owned()));
+            return Some(Ok(line));
         }
         loop {
             let line = match lines.next() {
@@ -271,22 +275,18 @@ fn parse_lines(stream: impl Read) -> Result<(Vec<get::Peer>, bool), ParseGetResp
                 None => return Some(Err(malformed("its answer ends early"))),
             };
             match line.split_once('=') {
-                Some(("own_public_key", key)) => {
-                    is_boringtun = true;
-                    return Some(Ok(format!("public_key={key}")));
-                }
                 Some(("public_key", _)) => {
-                    inserted = vec!["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
+                    let zeros = ["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
+                    inserted.extend(zeros.map(str::to_owned));
                 }
                 Some(("errno", _)) => has_status = true,
-                Some((
-                    "allowed_ip"
-                    | "rx_bytes"
-                    | "tx_bytes"
-                    | "last_handshake_time_sec"
-                    | "last_handshake_time_nsec",
-                    _,
-                )) => {}
+                // With nanoseconds it may be more than a `Duration` holds, and the crate panics.
+                Some(("last_handshake_time_sec", time)) if time.len() > 18 => {
+                    return Some(Err(malformed("it has an impossible time")));
+                }
+                Some(("last_handshake_time_sec" | "last_handshake_time_nsec", _)) => {}
+                // Here the crate refuses the device's own key.
+                Some(("own_public_key" | "allowed_ip" | "rx_bytes" | "tx_bytes", _)) => {}
                 Some(_) => continue,
                 None if !line.is_empty() => return Some(Err(malformed("a line has no value"))),
                 None if !has_status => return Some(Err(malformed("its answer has no errno"))),
@@ -294,8 +294,7 @@ fn parse_lines(stream: impl Read) -> Result<(Vec<get::Peer>, bool), ParseGetResp
             }
             return Some(Ok(line));
         }
-    }))?;
-    Ok((device.peers, is_boringtun))
+    }))
 }
 
 fn malformed(what: &str) -> io::Error {
@@ -394,6 +393,15 @@ mod tests {
             &format!("public_key={key}\nrx_bytes=-1\nerrno=0\n\n"),
             &format!("public_key={key}\nrx_bytes=18446744073709551616\nerrno=0\n\n"),
             &format!("public_key={key}\nlast_handshake_time_nsec=4294967296\nerrno=0\n\n"),
+            // More than a `Duration` holds.
+            &format!(
+                "public_key={key}\nlast_handshake_time_sec=18446744073709551615\n\
+                 last_handshake_time_nsec=1000000000\nerrno=0\n\n"
+            ),
+            // The first peer is not the device itself, and what is a peer's is not the device's.
+            &format!("public_key={key}\nown_public_key={key}\nerrno=0\n\n"),
+            &format!("own_public_key={key}\nown_public_key={key}\nerrno=0\n\n"),
+            &format!("own_public_key={key}\nallowed_ip=10.0.0.0/8\nerrno=0\n\n"),
         ] {
             assert!(parse_text(text).is_err(), "{text:?}");
         }
