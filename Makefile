@@ -3,7 +3,7 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check size test install deb rpm test-system test-versions test-api deny repro unsafe demo bench
+.PHONY: build check size test fuzz install deb rpm test-system test-versions test-api deny repro unsafe demo bench
 
 # The program shall be the same wherever it is built: no directory of this machine stays in it.
 build deb rpm unsafe bench: export RUSTFLAGS := $(RUSTFLAGS) \
@@ -88,6 +88,13 @@ deny: $(TOOLS)/cargo-deny
 	$(TOOLS)/cargo-deny --locked check licenses bans sources
 	@if $(TOOLS)/cargo-deny fetch db; then $(TOOLS)/cargo-deny --locked check advisories; \
 	else echo 'deny: NOT CHECKED for advisories: their database cannot be had here' >&2; fi
+
+# Each target of fuzz/ for so many seconds, with a nightly compiler; fails on a finding.
+# ONLY="head status" names targets.
+SECONDS ?= 60
+fuzz: $(TOOLS)/cargo-fuzz
+	tests/install-deps --only c++:g++
+	CARGO="$(CARGO)" fuzz/run $(SECONDS) $(ONLY)
 
 # Builds once more elsewhere, offline from vendored dependencies, and compares byte for byte.
 repro: build

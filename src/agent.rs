@@ -29,7 +29,7 @@ const GRACE: Duration = Duration::from_millis(100);
 /// Why a backend did not do what it was asked: a sentence that names the device or socket, what is
 /// wrong with it and what to do about it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Failure {
+pub enum Failure {
     /// What the caller asks for cannot be.
     Invalid(String),
     /// The backend refused, failed or spoke nonsense.

@@ -110,10 +110,11 @@ impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
 
 /// Why a call failed: a status of the contract and one sentence for people.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Error {
-    pub(crate) status: u16,
+pub struct Error {
+    /// One of the contract's.
+    pub status: u16,
     /// Names the parameter, socket or device and what is wrong with it.
-    pub(crate) sentence: String,
+    pub sentence: String,
 }
 
 impl Error {
@@ -176,7 +177,7 @@ impl TryFrom<String> for IpNet {
 }
 
 /// Reads the whole list; 400 where it is not what the call takes.
-pub(crate) fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
+pub fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
     let bad = |why: String| {
         // What is wrong may be as long as the body.
         let shown: String = why.chars().take(300).collect();

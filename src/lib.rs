@@ -1,16 +1,16 @@
 //! The node daemon of a VPN service; [`run`] is the whole program.
 
 mod agent;
-mod api;
+pub mod api;
 mod check;
 pub mod cli;
 pub mod front;
 mod logging;
 mod metrics;
 mod node;
-mod openvpn;
+pub mod openvpn;
 mod rfc3339;
-mod routes;
+pub mod routes;
 mod server;
 mod systemd;
 mod threads;

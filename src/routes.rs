@@ -343,10 +343,11 @@ fn unreadable(error: io::Error) -> Error {
 }
 
 /// Names and values of a query or form, in order.
-struct Parameters(Vec<(String, String)>);
+pub struct Parameters(Vec<(String, String)>);
 
 impl Parameters {
-    fn parse(text: &[u8]) -> Self {
+    /// Whatever it is: nothing is malformed, and U+FFFD stands for what is not UTF-8.
+    pub fn parse(text: &[u8]) -> Self {
         Self(form_urlencoded::parse(text).into_owned().collect())
     }
 
@@ -354,7 +355,8 @@ impl Parameters {
         self.0.iter().filter(|(key, _)| key == name).map(|(_, value)| value.as_str()).collect()
     }
 
-    fn yes_or_no(&self, name: &str) -> Result<bool, Error> {
+    /// `no` where it is missing.
+    pub fn yes_or_no(&self, name: &str) -> Result<bool, Error> {
         match self.values(name)[..] {
             [] | ["no"] => Ok(false),
             ["yes"] => Ok(true),
@@ -363,7 +365,8 @@ impl Parameters {
         }
     }
 
-    fn once<T: FromStr<Err: Display>>(&self, name: &str) -> Result<T, Error> {
+    /// The one value of that name.
+    pub fn once<T: FromStr<Err: Display>>(&self, name: &str) -> Result<T, Error> {
         match self.values(name)[..] {
             [] => Err(bad(format!("`{name}` is missing"))),
             [value] => api::checked(name, value).map_err(bad),
@@ -371,7 +374,8 @@ impl Parameters {
         }
     }
 
-    fn at_least_once<T: FromStr<Err: Display>>(&self, name: &str) -> Result<Vec<T>, Error> {
+    /// All values of that name, in order.
+    pub fn at_least_once<T: FromStr<Err: Display>>(&self, name: &str) -> Result<Vec<T>, Error> {
         let values = self.values(name);
         if values.is_empty() {
             return Err(bad(format!("`{name}` is missing")));

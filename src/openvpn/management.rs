@@ -40,7 +40,7 @@ const KNOCK_AFTER: Duration = Duration::from_millis(200);
 const MAX_KILL_BYTES: usize = 127;
 
 /// The clients that have an address.
-pub(super) fn list(socket: &Path, deadline: Instant) -> io::Result<Vec<Client>> {
+pub fn list(socket: &Path, deadline: Instant) -> io::Result<Vec<Client>> {
     let mut conversation = Conversation::open(socket, deadline)?;
     let mut clients = conversation.status()?;
     conversation.close();
@@ -50,7 +50,7 @@ pub(super) fn list(socket: &Path, deadline: Instant) -> io::Result<Vec<Client>> 
 
 /// Disconnects all clients of that name. `disconnected` counts them as they go, also when this
 /// fails half-way.
-pub(super) fn disconnect(
+pub fn disconnect(
     socket: &Path,
     name: &CommonName,
     deadline: Instant,

@@ -3,8 +3,8 @@
 //! OpenVPN serves one connection, lets two wait and keeps the rest from connecting: each socket has an agent,
 //! so that the daemon's own callers do not push each other out.
 
-mod management;
-mod status;
+pub mod management;
+pub mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -31,20 +31,21 @@ pub(crate) const MAX_DESCRIPTORS: u64 = 2 * MAX_SOCKETS as u64;
 
 /// The name on a client's certificate: 1 to 64 characters, no control characters.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct CommonName(String);
+pub struct CommonName(String);
 
 /// A connected client.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Client {
+pub struct Client {
     /// Name on its certificate (or user name), as OpenVPN reports it; U+FFFD stands for what
     /// is not UTF-8.
-    pub(crate) common_name: String,
+    pub common_name: String,
     /// Its addresses inside the VPN, as OpenVPN writes them; empty if it has none. In a list it has at
     /// least one.
-    pub(crate) ipv4: String,
-    pub(crate) ipv6: String,
+    pub ipv4: String,
+    /// Likewise.
+    pub ipv6: String,
     /// What `client-kill` takes; never used twice by one process. OpenVPN has it since 2.4.
-    id: Option<u64>,
+    pub id: Option<u64>,
 }
 
 /// The clients of the processes that answered, and the processes that did not.
@@ -299,7 +300,7 @@ fn file_name(socket: &Path) -> String {
 
 impl CommonName {
     /// The name itself.
-    pub(crate) fn as_str(&self) -> &str {
+    pub fn as_str(&self) -> &str {
         &self.0
     }
 }

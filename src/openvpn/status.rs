@@ -13,10 +13,10 @@ pub(super) const NO_NAME: &str = "UNDEF";
 
 /// A report as far as it has come.
 #[derive(Default)]
-pub(super) struct Report {
+pub struct Report {
     columns: Option<Columns>,
     /// Those with a common name; they may not have an address yet.
-    pub(super) clients: Vec<Client>,
+    pub clients: Vec<Client>,
 }
 
 /// Where the fields of a client's row stand.
@@ -33,7 +33,7 @@ impl Report {
     ///
     /// # Errors
     /// Completes "sent …".
-    pub(super) fn line(&mut self, line: &str) -> Result<bool, &'static str> {
+    pub fn line(&mut self, line: &str) -> Result<bool, &'static str> {
         if let Some(row) = line.strip_prefix("CLIENT_LIST\t") {
             let columns = self.columns.as_ref();
             let columns = columns.ok_or("a client before the names of the columns")?;

@@ -165,16 +165,21 @@ fn first(datagram: &[u8], attribute: u16) -> Result<Option<&[u8]>, Errno> {
 
 /// What the pages say so far.
 #[derive(Default, PartialEq, Eq, Debug)]
-struct Report {
-    snapshot: Snapshot,
+pub struct Report {
+    /// The device and the peers of the pages so far.
+    pub snapshot: Snapshot,
     /// The device was changed between two pages.
-    interrupted: bool,
+    pub interrupted: bool,
     /// The dump has come to its end.
-    complete: bool,
+    pub complete: bool,
 }
 
 impl Report {
-    fn read_page(&mut self, datagram: &[u8]) -> Result<(), Errno> {
+    /// Takes the next page.
+    ///
+    /// # Errors
+    /// The kernel's refusal, or `EBADMSG` where the page is malformed.
+    pub fn read_page(&mut self, datagram: &[u8]) -> Result<(), Errno> {
         for message in messages(datagram) {
             let (kind, flags, body) = message?;
             self.interrupted |= flags & NLM_F_DUMP_INTR != 0;

@@ -1,10 +1,10 @@
 //! WireGuard peers: one device, in the kernel or in user space, one operation at a time.
 
-mod dump;
+pub mod dump;
 mod kernel;
-mod sync;
+pub mod sync;
 mod types;
-mod userspace;
+pub mod userspace;
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -47,10 +47,11 @@ type Applied<'a> = &'a mut dyn FnMut(usize);
 
 /// A device at one moment.
 #[derive(Default, PartialEq, Eq, Debug)]
-struct Snapshot {
+pub struct Snapshot {
     /// Its own public key; wireguard-go does not tell.
-    own_key: Option<PublicKey>,
-    peers: Vec<Peer>,
+    pub own_key: Option<PublicKey>,
+    /// In its order.
+    pub peers: Vec<Peer>,
 }
 
 impl WireGuard {

@@ -42,7 +42,7 @@ pub(super) enum Change<'a> {
 
 /// Refuses a list with a key twice, or with one allowed IP at two peers. Each peer's allowed IPs come
 /// out sorted, and each once.
-pub(super) fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
+pub fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
     let invalid = |sentence| Err(Failure::Invalid(sentence));
     let mut keys = HashSet::with_capacity(wanted.len());
     let mut owners = HashMap::with_capacity(wanted.len());

@@ -228,7 +228,7 @@ impl Userspace<'_> {
 
 /// Parses the answer to `get=1`. boringtun alone tells its own public key, and how long ago a
 /// handshake was where the protocol wants its time.
-fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGetResponseError> {
+pub fn parse_device(stream: impl Read, now: SystemTime) -> Result<Snapshot, ParseGetResponseError> {
     let device = parse_lines(stream)?;
     let own_key = device.private_key.map(PublicKey::from);
     let time = |time: Duration| match own_key {
