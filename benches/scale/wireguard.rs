@@ -21,7 +21,7 @@ pub fn measure(say: Say) {
         let [full, empty] = [10_000, 0].map(|count| Full::new(Kind::WireguardGo, count));
         add("add_peer, new connections, wireguard-go", &full, &empty)
     }));
-    vm::run_inside(vm::COUNTING, "wireguard", ["", ""], |line| {
+    vm::run_inside(vm::COUNTING, ["", ""], |line| {
         if let Some(row) = line.strip_prefix(ROW) {
             say(serde_json::from_str(row).unwrap());
         }

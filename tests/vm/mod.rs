@@ -24,18 +24,13 @@ pub fn is_inside() -> bool {
     std::env::var_os("IN_THE_MACHINE").is_some()
 }
 
-/// Boots a machine with these modules that runs this very executable, after the words `before` and
-/// with those `after`; hands each line of its console to `each`. Panics unless it succeeds.
-pub fn run_inside(
-    qemu: &str,
-    modules: &str,
-    [before, after]: [&str; 2],
-    mut each: impl FnMut(&str),
-) {
+/// Boots a machine that runs this very executable, after the words `before` and with those `after`;
+/// hands each line of its console to `each`. Panics unless it succeeds.
+pub fn run_inside(qemu: &str, [before, after]: [&str; 2], mut each: impl FnMut(&str)) {
     let executable = std::env::current_exe().unwrap();
     let command = format!("{before} {} {after}", executable.display());
     let mut machine = Command::new("setpriv")
-        .args(["--pdeathsig", "TERM", "tests/vm/boot", qemu, modules, &command])
+        .args(["--pdeathsig", "TERM", "tests/vm/boot", qemu, &command])
         .args([&executable, Path::new(env!("CARGO_BIN_EXE_vpn-daemon"))])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::Case;
 use crate::common::{Answer, Daemon, wait_until};
-use crate::devices::{Device, Kind, Wanted, key, unused_name};
+use crate::devices::{Device, Kind, Wanted, key};
 use crate::programs::{Namespace, command};
 
 /// For every implementation.
@@ -120,7 +120,7 @@ fn own_key(kind: Kind) {
     }
 }
 
-/// Two devices of one kind in two namespaces, each the other's peer, with a session.
+/// Two devices of one kind, each the other's peer, with a session.
 struct Tunnel {
     server: Device,
     client: Device,
@@ -131,25 +131,19 @@ impl Tunnel {
     const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 1));
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 2));
 
-    /// The server is in the caller's namespace; the client is its only peer, added by the daemon.
+    /// The client is the server's only peer, added by the daemon.
     fn new(kind: Kind) -> Self {
+        let (server, client) = (Device::new(kind), Device::new(kind));
         let client_namespace = Namespace::new();
-        let server = Device::new(kind);
-        let (here, there) = (unused_name(), unused_name());
-        let pair = ["type", "veth", "peer", "name", &there, "netns", &client_namespace.path()];
-        command("ip", &[&["link", "add", &here][..], &pair].concat());
-        command("ip", &["address", "add", "192.0.2.1/24", "dev", &here]);
-        command("ip", &["link", "set", &here, "up"]);
         command("ip", &["address", "add", "10.99.0.1/24", "dev", &server.name]);
         server.wg(&["listen-port", "51820"]);
-        let client = client_namespace.enter(|| {
-            command("ip", &["address", "add", "192.0.2.2/24", "dev", &there]);
-            command("ip", &["link", "set", &there, "up"]);
-            let client = Device::new(kind);
+        let peer = ["peer", &server.public_key, "endpoint", "127.0.0.1:51820"];
+        client.wg(&[&peer[..], &["allowed-ips", "10.99.0.1/32"]].concat());
+        // What it encrypts still leaves from the namespace that it was made in.
+        command("ip", &["link", "set", &client.name, "netns", &client_namespace.path()]);
+        client_namespace.enter(|| {
             command("ip", &["address", "add", "10.99.0.2/24", "dev", &client.name]);
-            let peer = ["peer", &server.public_key, "endpoint", "192.0.2.1:51820"];
-            client.wg(&[&peer[..], &["allowed-ips", "10.99.0.1/32"]].concat());
-            client
+            command("ip", &["link", "set", &client.name, "up"]);
         });
         server.add(&client.public_key, &ips(&["10.99.0.2/32"]));
         Self { server, client, client_namespace }

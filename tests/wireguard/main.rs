@@ -43,7 +43,7 @@ fn kernel() {
         return run(Kind::Kernel, &[cases::COMMON, kernel::CASES]);
     }
     let case = format!("CASE='{}'", std::env::var("CASE").unwrap_or_default());
-    vm::run_inside(vm::USUAL, "wireguard veth", [&case, "--exact kernel"], |line| {
+    vm::run_inside(vm::USUAL, [&case, "--exact kernel"], |line| {
         if line.starts_with("Kernel: ") {
             say(line);
         }
