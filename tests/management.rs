@@ -219,9 +219,9 @@ fn a_thousand_that_hang_and_several_callers_leave_the_others_their_lists() {
     let (hanging, healthy, excess) = (1016, 8, 76);
     let hang = |number| UnixListener::bind(directory.join(&format!("b{number}"))).unwrap();
     let _hanging: Vec<_> = (0..hanging + excess).map(hang).collect();
-    let start = |number| directory.join(&format!("a{number}"));
-    let start = |number| FakeOpenVpn::start(start(number), Mood::Slow(300), clients(64));
-    let processes: Vec<_> = (0..healthy).map(start).collect();
+    let path = |number| directory.join(&format!("a{number}"));
+    let answer = |number| FakeOpenVpn::start(path(number), Mood::Slow(300), clients(64));
+    let processes: Vec<_> = (0..healthy).map(answer).collect();
     let start = |limit: &str| {
         let mut limited = Command::new("prlimit");
         limited.args([&format!("--nofile={limit}"), env!("CARGO_BIN_EXE_vpn-daemon")]);
@@ -344,7 +344,6 @@ fn disconnecting_goes_on_when_a_process_fails() {
     );
 }
 
-/// Nobody is reported as disconnected of whom it is not known, and nobody who is is left out.
 #[test]
 fn a_process_that_ends_half_way_through_disconnecting() {
     let directory = TempDir::new("sockets");
@@ -355,9 +354,4 @@ fn a_process_that_ends_half_way_through_disconnecting() {
     assert_eq!(answer.status, 502);
     assert!(answer.error().contains("in the middle of its reply"), "{}", answer.error());
     daemon.wait_for_log(r#"common_name="a:b" socket="s" disconnected=1 error="#);
-    for reply in ["SUCCESS: 1 client(s) at address 127.0.0.1:5 killed\r\n", ">LOG:x\r\n"] {
-        let _process = FakeOpenVpn::start(directory.join("t"), Mood::Reply(reply), vec![]);
-        assert!(disconnect(&daemon, "c").status >= 500, "{reply}");
-    }
-    assert!(!daemon.log().iter().any(|line| line.contains(r#"common_name="c" socket"#)));
 }

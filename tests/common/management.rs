@@ -235,51 +235,40 @@ impl Shared {
     fn run(&self, line: &str) -> Vec<u8> {
         let mut clients = self.clients.lock().unwrap();
         let before = clients.len();
-        let words = parameters(line).unwrap_or_default();
-        let words: Vec<_> = words.iter().map(String::as_str).collect();
-        let reply = match words[..] {
-            ["status", "3"] => return status(&clients),
-            ["kill", name] if !name.contains(':') && name.len() < 128 => {
-                clients.retain(|client| client.name != name.as_bytes());
-                match before - clients.len() {
-                    0 => format!("ERROR: common name '{name}' not found"),
-                    n => format!("SUCCESS: common name '{name}' found, {n} client(s) killed"),
-                }
+        let quoted = line.strip_prefix("kill \"").and_then(|rest| rest.strip_suffix('"'));
+        let reply = if line == "status 3" {
+            return status(&clients);
+        } else if let Some(name) = quoted.and_then(unquoted) {
+            clients.retain(|client| client.name != name.as_bytes());
+            match before - clients.len() {
+                0 => format!("ERROR: common name '{name}' not found"),
+                n => format!("SUCCESS: common name '{name}' found, {n} client(s) killed"),
             }
-            ["client-kill", id] => {
-                clients.retain(|client| client.id.to_string() != id);
-                match before - clients.len() {
-                    0 => "ERROR: client-kill command failed".to_owned(),
-                    _ => "SUCCESS: client-kill command succeeded".to_owned(),
-                }
+        } else if let Some(id) = line.strip_prefix("client-kill ") {
+            clients.retain(|client| client.id.to_string() != id);
+            match before - clients.len() {
+                0 => "ERROR: client-kill command failed".to_owned(),
+                _ => "SUCCESS: client-kill command succeeded".to_owned(),
             }
-            _ => {
-                self.faults.lock().unwrap().push(line.to_owned());
-                "ERROR: unknown command, enter 'help' for more options".to_owned()
-            }
+        } else {
+            self.faults.lock().unwrap().push(line.to_owned());
+            "ERROR: unknown command, enter 'help' for more options".to_owned()
         };
         format!("{reply}\r\n").into_bytes()
     }
 }
 
-/// Splits a command as OpenVPN does; `None` for what it does not take.
-fn parameters(line: &str) -> Option<Vec<String>> {
-    let (mut words, mut chars) = (Vec::new(), line.chars());
-    while let Some(first) = chars.find(|c| *c != ' ') {
-        let quoted = first == '"';
-        let mut word = if quoted { String::new() } else { first.to_string() };
-        loop {
-            match chars.next() {
-                Some('"') if quoted => break,
-                Some(' ') | None if !quoted => break,
-                Some('\\') if quoted => word.push(chars.next().filter(|c| "\"\\ ".contains(*c))?),
-                Some('\\' | '"') | None => return None,
-                Some(c) => word.push(c),
-            }
-        }
-        words.push(Some(word).filter(|word| word.len() < 256)?);
+/// A name as OpenVPN reads it in quotes; `None` for one that it does not take, or takes for an address.
+fn unquoted(text: &str) -> Option<String> {
+    let (mut name, mut chars) = (String::new(), text.chars());
+    while let Some(c) = chars.next() {
+        name.push(match c {
+            '"' | ':' => return None,
+            '\\' => chars.next().filter(|c| "\"\\ ".contains(*c))?,
+            c => c,
+        });
     }
-    Some(words)
+    Some(name).filter(|name| name.len() < 128)
 }
 
 /// The report of OpenVPN 2.6.
