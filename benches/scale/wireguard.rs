@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::devices::{Device, Kind, Wanted, config, key};
+use crate::devices::{self, Device, Kind, Wanted, config};
 use crate::programs::{Namespace, command, input};
 use crate::row::{Row, Unit, seconds, turns};
 use crate::{Say, get, vm};
@@ -47,7 +47,7 @@ pub fn measure_in_guest() {
 /// A peer with two allowed IPs.
 fn peer(number: u32) -> Wanted {
     let [_, a, b, c] = number.to_be_bytes();
-    (key(number), vec![format!("10.{a}.{b}.{c}/32"), format!("fd00::{a:x}:{b:x}:{c:x}/128")])
+    devices::peer(number, &format!("10.{a}.{b}.{c}/32 fd00::{a:x}:{b:x}:{c:x}/128"))
 }
 
 /// A device full of peers. A kernel's goes with its machine.
@@ -151,8 +151,8 @@ fn add(work: &str, full: &Full, empty: &Full) -> Row {
     // Seconds for one addition; the device is left as it was.
     let add_all = |full: &Full| {
         let time = seconds(|| {
-            for (key, ips) in &peers {
-                assert_eq!(full.device.add(key, ips).status, 204);
+            for peer in &peers {
+                assert_eq!(full.device.add(peer).status, 204);
             }
         });
         full.remove_by_wg(&peers);

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::Case;
 use crate::common::{Answer, Daemon, wait_until};
-use crate::devices::{Device, Kind, Wanted, key};
+use crate::devices::{Device, Kind, Wanted, key, peer};
 use crate::programs::{Namespace, command};
 
 /// For every implementation.
@@ -31,32 +31,27 @@ pub const PROCESS: &[Case] = &[
     ("the process was killed, and another takes its place", process_replaced),
 ];
 
-/// Texts of allowed IPs.
-pub fn ips(texts: &[&str]) -> Vec<String> {
-    texts.iter().map(|text| (*text).to_owned()).collect()
-}
-
 /// `count` addresses out of 10.0.0.0/8, from the `first` on.
-pub fn block(first: u32, count: u32) -> Vec<String> {
-    (first..first + count).map(|n| format!("{}/32", Ipv4Addr::from(0x0a00_0000 + n))).collect()
+pub fn block(first: u32, count: u32) -> String {
+    let ip = |n| format!("{}/32 ", Ipv4Addr::from(0x0a00_0000 + n));
+    (first..first + count).map(ip).collect()
 }
 
 fn add_list_remove(kind: Kind) {
     let device = Device::new(kind);
     device.has(&[]);
-    let mut peers: Vec<Wanted> = Vec::new();
-    for (number, list) in (0..).zip([
-        &["10.1.0.1/32"][..],
-        &["fd00:1::1/128"],
-        &["10.1.0.2/32", "fd00:1::2/128", "10.2.0.0/16", "fd00:2::/64"],
-        &["0.0.0.0/0", "::/0"],
+    let mut peers = Vec::new();
+    for (number, ips) in (0..).zip([
+        "10.1.0.1/32",
+        "fd00:1::1/128",
+        "10.1.0.2/32 fd00:1::2/128 10.2.0.0/16 fd00:2::/64",
+        "0.0.0.0/0 ::/0",
     ]) {
-        peers.push((key(number), ips(list)));
         // Again with other allowed IPs, and twice with the same.
-        for list in [&ips(&["10.3.0.1/32", "fd00:3::1/128"]), &peers[number as usize].1].repeat(2) {
-            assert_eq!(device.add(&key(number), list).status, 204);
+        for ips in ["10.3.0.1/32 fd00:3::1/128", ips, ips] {
+            assert_eq!(device.add(&peer(number, ips)).status, 204);
         }
-        device.add(&key(number), &ips(list));
+        peers.push(peer(number, ips));
         device.has(&peers);
     }
     assert_eq!(device.daemon.get("/w/peer_list").json(), json!({"peer_list": []}));
@@ -78,36 +73,36 @@ fn add_list_remove(kind: Kind) {
 
 fn many_allowed_ips(kind: Kind) {
     let device = Device::new(kind);
-    let other = (key(1), ips(&["10.255.0.1/32"]));
-    device.add(&other.0, &other.1);
+    let other = peer(1, "10.255.0.1/32");
+    device.add(&other);
     for count in [1000, 3000] {
-        assert_eq!(device.add(&key(2), &block(0, count)).status, 204);
-        device.has(&[other.clone(), (key(2), block(0, count))]);
+        let many = peer(2, &block(0, count));
+        assert_eq!(device.add(&many).status, 204);
+        device.has(&[other.clone(), many]);
     }
     let removed = device.remove(&key(2)).json();
     assert_eq!(removed["ip_net"].as_array().unwrap().len(), 3000);
     for first in [0, 1] {
-        device.sync_until_done(&[other.clone(), (key(2), block(first, 3000))]);
+        device.sync_until_done(&[other.clone(), peer(2, &block(first, 3000))]);
     }
 }
 
 fn allowed_ip_moves(kind: Kind) {
     let device = Device::new(kind);
-    device.add(&key(1), &ips(&["10.1.0.1/32", "10.1.0.2/32"]));
-    device.add(&key(2), &ips(&["10.1.0.2/32"]));
+    let (both, one) = ("10.1.0.1/32 10.1.0.2/32", "10.1.0.1/32");
+    device.add(&peer(1, both));
+    device.add(&peer(2, "10.1.0.2/32"));
     // boringtun routes to the new peer, but goes on listing the address at the old one.
-    let left = ["10.1.0.1/32", "10.1.0.2/32"];
-    let left = ips(if kind == Kind::Boringtun { &left } else { &left[..1] });
-    device.has(&[(key(1), left), (key(2), ips(&["10.1.0.2/32"]))]);
+    let left = if kind == Kind::Boringtun { both } else { one };
+    device.has(&[peer(1, left), peer(2, "10.1.0.2/32")]);
 }
 
 fn own_key(kind: Kind) {
     let device = Device::new(kind);
-    let before = [(key(1), ips(&["10.1.0.1/32"]))];
-    device.sync_until_done(&before);
-    let own = (device.public_key.clone(), ips(&["10.1.0.2/32"]));
-    let answers = [device.add(&own.0, &own.1), device.sync("", &[before[0].clone(), own])];
-    for answer in answers {
+    let before = [peer(1, "10.1.0.1/32")];
+    let own = (device.public_key.clone(), vec!["10.1.0.2/32".to_owned()]);
+    device.add(&before[0]);
+    for answer in [device.add(&own), device.sync("", &[before[0].clone(), own])] {
         // wireguard-go does not tell its key, and ignores such a peer in silence.
         if kind == Kind::WireguardGo {
             assert!([200, 204].contains(&answer.status), "{answer:?}");
@@ -136,16 +131,16 @@ impl Tunnel {
         let (server, client) = (Device::new(kind), Device::new(kind));
         let client_namespace = Namespace::new();
         command("ip", &["address", "add", "10.99.0.1/24", "dev", &server.name]);
-        server.wg(&["listen-port", "51820"]);
+        server.wg(&["listen-port", "51820"], "");
         let peer = ["peer", &server.public_key, "endpoint", "127.0.0.1:51820"];
-        client.wg(&[&peer[..], &["allowed-ips", "10.99.0.1/32"]].concat());
+        client.wg(&[&peer[..], &["allowed-ips", "10.99.0.1/32"]].concat(), "");
         // What it encrypts still leaves from the namespace that it was made in.
         command("ip", &["link", "set", &client.name, "netns", &client_namespace.path()]);
         client_namespace.enter(|| {
             command("ip", &["address", "add", "10.99.0.2/24", "dev", &client.name]);
             command("ip", &["link", "set", &client.name, "up"]);
         });
-        server.add(&client.public_key, &ips(&["10.99.0.2/32"]));
+        server.add(&(client.public_key.clone(), vec!["10.99.0.2/32".to_owned()]));
         Self { server, client, client_namespace }
     }
 
@@ -167,14 +162,14 @@ impl Tunnel {
         }
         let seen = || self.server.seen();
         wait_until("quiet counters", || seen() == seen());
-        self.server.check().remove(0)
+        self.server.check().remove(&self.client.public_key).unwrap()
     }
 }
 
 fn session(kind: Kind) {
     let tunnel = Tunnel::new(kind);
     let (server, client) = (&tunnel.server, &tunnel.client.public_key);
-    assert_eq!(server.listed()[0]["last_handshake_time"], Value::Null);
+    assert_eq!(server.listed()[client]["last_handshake_time"], Value::Null);
     let mut before = tunnel.send(50_000);
     assert!(before["bytes_in"].as_u64() >= Some(50_000), "{before}");
     assert!(before["bytes_out"].as_u64() < Some(10_000), "{before}");
@@ -184,11 +179,11 @@ fn session(kind: Kind) {
     assert_eq!(node["w_peer_count"], 1);
     // boringtun forgets a session when the allowed IPs change.
     if kind != Kind::Boringtun {
-        let (list, endpoint) =
-            (ips(&["10.99.0.2/32", "fd00::2/128"]), server.row(client)[2].clone());
-        assert_eq!(server.add(client, &list).status, 204);
-        before["ip_net"] = json!(list);
-        assert_eq!((&server.check()[0], &server.row(client)[2]), (&before, &endpoint));
+        let endpoint = server.row(client)[2].clone();
+        let ips = ["10.99.0.2/32", "fd00::2/128"].map(str::to_owned);
+        before["ip_net"] = json!(ips);
+        assert_eq!(server.add(&(client.clone(), ips.into())).status, 204);
+        assert_eq!((&server.check()[client], &server.row(client)[2]), (&before, &endpoint));
         let later = tunnel.send(20_000);
         assert_eq!(later["last_handshake_time"], before["last_handshake_time"]);
         assert!(later["bytes_in"].as_u64() >= before["bytes_in"].as_u64().map(|n| n + 20_000));
@@ -203,20 +198,20 @@ fn settings(kind: Kind) {
     device.daemon = Daemon::start_with(&["-wg-device", &device.name], |command| {
         command.env("RUST_LOG", "trace");
     });
-    let (peer, list) = (key(1), ips(&["10.1.0.1/32"]));
     let preshared_key = command("wg", &["genpsk"]).trim().to_owned();
-    let settings = ["peer", &*peer, "persistent-keepalive", "25", "endpoint", "127.0.0.1:9"];
+    let key = key(1);
+    let settings = ["peer", &*key, "persistent-keepalive", "25", "endpoint", "127.0.0.1:9"];
     let secret = ["preshared-key", "/dev/stdin"];
-    device.wg_input(&[&settings[..], &secret].concat(), &preshared_key);
-    let before = device.row(&peer);
+    device.wg(&[&settings[..], &secret].concat(), &preshared_key);
+    let before = device.row(&key);
     // What is so already is left alone; boringtun forgets the settings when the allowed IPs change.
-    device.sync_until_done(&[(peer.clone(), vec![])]);
-    assert_eq!(device.row(&peer), before);
-    device.add(&peer, &list);
-    let (row, kept) = (device.row(&peer), kind != Kind::Boringtun);
+    device.sync_until_done(&[peer(1, "")]);
+    assert_eq!(device.row(&key), before);
+    device.add(&peer(1, "10.1.0.1/32"));
+    let (row, kept) = (device.row(&key), kind != Kind::Boringtun);
     assert_eq!([1, 2, 7].map(|field| row[field] == before[field]), [kept; 3], "{row:?}");
-    device.add(&device.public_key, &list);
-    assert_eq!(device.remove(&peer).status, 200);
+    device.add(&(device.public_key.clone(), vec!["10.1.0.1/32".to_owned()]));
+    assert_eq!(device.remove(&key).status, 200);
     let log = device.daemon.log().join("\n");
     for secret in [&preshared_key, &device.private_key] {
         // As base64, in hexadecimal, and as a list of numbers.
@@ -253,8 +248,9 @@ pub fn assert_fails(device: &str, daemon: &Daemon, status: u16, words: &str) {
 fn device_made_again(kind: Kind) {
     let mut device = Device::new(kind);
     for round in 0..3 {
-        assert_eq!(device.add(&key(round), &ips(&["10.1.0.1/32"])).status, 204);
-        device.has(&[(key(round), ips(&["10.1.0.1/32"]))]);
+        let peer = peer(round, "10.1.0.1/32");
+        assert_eq!(device.add(&peer).status, 204);
+        device.has(&[peer]);
         device.delete();
         let _ = std::fs::remove_file(device.socket());
         assert_fails(&device.name, &device.daemon, 502, "does not exist: create it");
@@ -282,19 +278,19 @@ fn sync_adds_updates_removes(kind: Kind) {
         answer.json()
     };
     let first = [
-        (key(1), ips(&["10.1.0.1/32", "fd00::1/128"])),
-        (key(2), ips(&["10.1.0.2/32"])),
-        (key(3), vec![]),
-        (key(4), ips(&["10.1.0.4/32"])),
+        peer(1, "10.1.0.1/32 fd00::1/128"),
+        peer(2, "10.1.0.2/32"),
+        peer(3, ""),
+        peer(4, "10.1.0.4/32"),
     ];
     let synced = sync(&first);
     assert_eq!(synced["added"], json!([key(1), key(2), key(3), key(4)]));
-    let gone = device.listed().into_iter().find(|peer| peer["public_key"] == key(4));
+    let gone = device.listed().remove(&key(4));
     let second = [
-        (key(5), ips(&["10.1.0.4/32"])),
-        (key(3), ips(&["10.1.0.3/32"])),
-        (key(2), vec![]),
-        (key(1), ips(&["fd00::1/128", "10.1.0.1/32"])),
+        peer(5, "10.1.0.4/32"),
+        peer(3, "10.1.0.3/32"),
+        peer(2, ""),
+        peer(1, "fd00::1/128 10.1.0.1/32"),
     ];
     let expected = json!({
         "added": [key(5)], "updated": [key(3), key(2)], "removed": [gone.unwrap()], "unchanged": 1,
@@ -308,10 +304,9 @@ fn sync_adds_updates_removes(kind: Kind) {
         device.daemon.wait_for_log(&line);
     }
     // Each order of three allowed IPs over three peers, one after another.
-    let lists = ["10.1.0.1/32", "10.1.0.2/32", "10.1.0.0/24"];
-    for order in [[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 2, 1], [1, 2, 0], [2, 0, 1]] {
-        let peer = |n: u32| (key(n), ips(&[lists[order[n as usize]]]));
-        device.sync_until_done(&[peer(0), peer(1), peer(2)]);
+    let ips = ["10.1.0.1/32", "10.1.0.2/32", "10.1.0.0/24"];
+    for [a, b, c] in [[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 2, 1], [1, 2, 0], [2, 0, 1]] {
+        device.sync_until_done(&[peer(0, ips[a]), peer(1, ips[b]), peer(2, ips[c])]);
     }
     // The list as the daemon itself gives it.
     device.sync_until_done(&first);
@@ -324,7 +319,7 @@ fn sync_adds_updates_removes(kind: Kind) {
 fn process_hangs(kind: Kind) {
     let device = Device::new(kind);
     let peers = |numbers: std::ops::Range<u32>, shift| -> Vec<Wanted> {
-        numbers.map(|n| (key(n), block((n + shift) * 2, 2))).collect()
+        numbers.map(|n| peer(n, &block((n + shift) * 2, 2))).collect()
     };
     device.sync_until_done(&peers(0..2000, 0));
     device.stop();
@@ -347,15 +342,14 @@ fn process_hangs(kind: Kind) {
 
 fn process_replaced(kind: Kind) {
     let mut device = Device::new(kind);
-    let peer = |ip: &str| [(key(1), ips(&[ip]))];
-    device.add(&key(1), &ips(&["10.1.0.1/32"]));
+    device.add(&peer(1, "10.1.0.1/32"));
     device.delete();
     assert_fails("/var/run/wireguard/", &device.daemon, 502, "");
     std::fs::remove_file(device.socket()).unwrap();
     device.kind = if kind == Kind::Boringtun { Kind::WireguardGo } else { Kind::Boringtun };
     device.create();
     for ip in ["10.1.0.1/32", "10.1.0.2/32", "10.1.0.3/32"] {
-        assert_eq!(device.add(&key(1), &ips(&[ip])).status, 204);
-        device.has(&peer(ip));
+        assert_eq!(device.add(&peer(1, ip)).status, 204);
+        device.has(&[peer(1, ip)]);
     }
 }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "the bench uses a part of it")]
 
+use std::collections::BTreeMap;
 use std::fs::{DirEntry, read_dir, read_to_string};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -41,9 +42,10 @@ pub struct Device {
 
 impl Device {
     pub fn new(kind: Kind) -> Self {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("t{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let private_key = command("wg", &["genkey"]).trim().to_owned();
         let public_key = input("wg", &["pubkey"], &private_key).trim().to_owned();
-        let name = unused_name();
         let daemon = Daemon::start(&["-wg-device", &name]);
         let mut device = Self { name, kind, private_key, public_key, daemon, process: None };
         device.create();
@@ -71,7 +73,7 @@ impl Device {
             wait_until("its socket", || UnixStream::connect(self.socket()).is_ok());
             process
         });
-        self.wg_input(&["private-key", "/dev/stdin"], &self.private_key);
+        self.wg(&["private-key", "/dev/stdin"], &self.private_key);
         command("ip", &["link", "set", name, "up"]);
     }
 
@@ -104,13 +106,8 @@ impl Device {
         format!("/var/run/wireguard/{}.sock", self.name).into()
     }
 
-    /// `wg set DEVICE …`
-    pub fn wg(&self, arguments: &[&str]) {
-        self.wg_input(arguments, "");
-    }
-
-    /// `wg set DEVICE …` that reads a key from its standard input.
-    pub fn wg_input(&self, arguments: &[&str], stdin: &str) {
+    /// `wg set DEVICE …`, which may read a key from `stdin`.
+    pub fn wg(&self, arguments: &[&str], stdin: &str) {
         input("wg", &[&["set", &self.name], arguments].concat(), stdin);
     }
 
@@ -132,10 +129,9 @@ impl Device {
         row.split('\t').map(str::to_owned).collect()
     }
 
-    /// All peers as `wg` sees them, in the words of the API and in order of the public key.
-    pub fn seen(&self) -> Vec<Value> {
-        let dump = self.dump();
-        in_order(dump.lines().skip(1).map(|line| {
+    /// All peers as `wg` sees them, in the words of the API.
+    pub fn seen(&self) -> Peers {
+        by_key(self.dump().lines().skip(1).map(|line| {
             let fields: Vec<&str> = line.split('\t').collect();
             let [key, _, _, allowed_ips, seen, rx, tx, _] = fields[..] else { panic!("{line}") };
             let time = || command("date", &["-u", "-d", &format!("@{seen}"), "+%FT%TZ"]);
@@ -149,20 +145,18 @@ impl Device {
         }))
     }
 
-    /// All peers as the daemon sees them, in the same order. An emulated machine may need some time.
-    pub fn listed(&self) -> Vec<Value> {
+    /// All peers as the daemon sees them. An emulated machine may need some time.
+    pub fn listed(&self) -> Peers {
         let mut answers = (0..10).map(|_| self.daemon.get("/w/peer_list?show_all=yes"));
-        let answer = answers.find(|answer| answer.status != 504).expect("an answer in time");
-        assert_eq!(answer.status, 200, "{answer:?}");
-        in_order(answer.json()["peer_list"].as_array().unwrap().iter().cloned())
+        listed(&answers.find(|answer| answer.status != 504).expect("an answer in time"))
     }
 
     /// Asserts that the daemon and `wg` see the same; what they see.
-    pub fn check(&self) -> Vec<Value> {
+    pub fn check(&self) -> Peers {
         let (listed, mut seen) = (self.listed(), self.seen());
         if self.kind == Kind::Boringtun {
             // It tells how long ago the handshake was where `wg` expects the time.
-            for (peer, other) in seen.iter_mut().zip(&listed) {
+            for (peer, other) in seen.values_mut().zip(listed.values()) {
                 peer["last_handshake_time"] = other["last_handshake_time"].clone();
             }
         }
@@ -172,14 +166,14 @@ impl Device {
 
     /// Asserts that the device has these peers and no others.
     pub fn has(&self, peers: &[Wanted]) {
-        let expected = peers.iter().map(|(key, ips)| json!({"public_key": key, "ip_net": ips}));
-        let two = |peer: &Value| (peer["public_key"].clone(), peer["ip_net"].clone());
-        let seen = self.check();
-        assert!(seen.iter().map(two).eq(in_order(expected).iter().map(two)), "{seen:?}");
+        let ips = |peers: Peers| peers.into_values().map(|peer| peer["ip_net"].clone());
+        let (seen, wanted) = (self.check(), wanted(peers));
+        assert!(seen.keys().eq(wanted.keys()), "{seen:?}");
+        assert!(ips(seen).eq(ips(wanted)), "the allowed IPs are others");
     }
 
     /// An emulated machine may need some time.
-    pub fn add(&self, key: &str, allowed_ips: &[String]) -> Answer {
+    pub fn add(&self, (key, allowed_ips): &Wanted) -> Answer {
         // As short as can be: a form has at most 64 KiB.
         let ips: String = allowed_ips.iter().map(|ip| format!("&ip_net={ip}")).collect();
         let form = format!("public_key={}{ips}", key.replace('+', "%2B"));
@@ -203,26 +197,25 @@ impl Device {
 
     /// Asks until it is done; how often it was cut off by its deadline.
     pub fn sync_until_done(&self, peers: &[Wanted]) -> u32 {
-        let (mut cuts, mut left) = (0, usize::MAX);
-        loop {
+        let mut left = usize::MAX;
+        for cuts in 0..100 {
             let answer = self.sync("", peers);
             if answer.status == 200 {
                 self.has(peers);
                 return cuts;
             }
             assert_eq!(answer.status, 504, "{answer:?}");
+            // "…; 7 of 1000 changes are known to be applied…"
             let sentence = answer.error();
-            if let Some((_, done)) = sentence.split_once("; ")
-                && let Some((done, _)) = done.split_once(" changes are known to be applied")
-            {
-                let (done, all) = done.split_once(" of ").unwrap();
-                let (done, all): (usize, usize) = (done.parse().unwrap(), all.parse().unwrap());
+            let words: Vec<_> = sentence.split(' ').collect();
+            if let Some(at) = words.windows(2).position(|pair| pair == ["changes", "are"]) {
+                let number = |at: usize| words[at].parse::<usize>().unwrap();
+                let (done, all) = (number(at - 3), number(at - 1));
                 assert!(done <= all && all <= left, "{sentence}, and {left} were left");
                 left = all - done;
             }
-            cuts += 1;
-            assert!(cuts < 100, "no end: {sentence}");
         }
+        panic!("no end");
     }
 }
 
@@ -242,15 +235,31 @@ pub fn config(peers: &[Wanted]) -> String {
     peers.iter().map(peer).collect()
 }
 
-/// By public key, and the allowed IPs of each in order.
-fn in_order(peers: impl Iterator<Item = Value>) -> Vec<Value> {
-    let text = |value: &Value| value.as_str().unwrap().to_owned();
-    let mut peers: Vec<Value> = peers.collect();
-    for peer in &mut peers {
-        peer["ip_net"].as_array_mut().unwrap().sort_by_key(text);
-    }
-    peers.sort_by_key(|peer| text(&peer["public_key"]));
-    peers
+/// Peers in the words of the API, by public key, with their allowed IPs in order.
+pub type Peers = BTreeMap<String, Value>;
+
+fn by_key(peers: impl Iterator<Item = Value>) -> Peers {
+    let by_key = |mut peer: Value| {
+        let ips = peer["ip_net"].as_array_mut().unwrap();
+        ips.sort_by_key(|ip| ip.as_str().unwrap().to_owned());
+        (peer["public_key"].as_str().unwrap().to_owned(), peer)
+    };
+    peers.map(by_key).collect()
+}
+
+pub fn wanted(peers: &[Wanted]) -> Peers {
+    by_key(peers.iter().map(|(key, ips)| json!({"public_key": key, "ip_net": ips})))
+}
+
+/// The answer to `GET /w/peer_list`.
+pub fn listed(answer: &Answer) -> Peers {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    by_key(answer.json()["peer_list"].as_array().unwrap().iter().cloned())
+}
+
+/// A peer with these allowed IPs.
+pub fn peer(number: u32, allowed_ips: &str) -> Wanted {
+    (key(number), allowed_ips.split_whitespace().map(str::to_owned).collect())
 }
 
 /// The public key of a peer that only has to exist.
@@ -258,10 +267,4 @@ pub fn key(number: u32) -> String {
     let mut bytes = [7; 32];
     bytes[..4].copy_from_slice(&number.to_le_bytes());
     STANDARD.encode(bytes)
-}
-
-/// An interface name that nobody else uses.
-pub fn unused_name() -> String {
-    static NUMBER: AtomicUsize = AtomicUsize::new(0);
-    format!("t{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
 }
