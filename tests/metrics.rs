@@ -28,12 +28,9 @@ const KEY: &str = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
 
 /// A userspace device that always has one peer.
 fn device() -> FakeDevice {
-    let key = |number: &str| number.repeat(32);
-    FakeDevice::start(format!(
-        "private_key={}\npublic_key={}\nrx_bytes=100\ntx_bytes=7\nerrno=0\n\n",
-        key("02"),
-        key("01")
-    ))
+    let key = "01".repeat(32);
+    let peer = format!("public_key={key}\nrx_bytes=100\ntx_bytes=7\n");
+    FakeDevice::start(format!("private_key={key}\n{peer}errno=0\n\n"))
 }
 
 fn daemon(device: &FakeDevice, sockets: &TempDir) -> Daemon {
