@@ -93,6 +93,7 @@ fn make(recipe: &mut Unstructured) -> Made<()> {
             None => pages[page].truncate(at),
         }
         read(&pages);
+        read(&pages[..pages.len() - 1]);
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //!
 //! An input is a byte that says how to cut, a line with the common name to disconnect (empty: to list),
 //! and what the process sends before it hangs up. With the byte 255 it hangs instead, with 254 it
-//! repeats itself without end.
+//! repeats its last line without end.
 #![no_main]
 
 use std::io::{Read, Write};
@@ -82,8 +82,9 @@ fn process(listener: &UnixListener, pieces: &[&[u8]], seed: u8) -> String {
             thread::yield_now();
         }
     }
-    let again = pieces.last().unwrap().repeat(16);
-    let mut written = 0;
+    let (sent, mut written) = (pieces.concat(), 0);
+    let last_line = sent.split_inclusive(|byte| *byte == b'\n').next_back().unwrap_or_default();
+    let again = last_line.repeat(1 + MOST_SENT / last_line.len().max(1));
     while seed == 254 && !again.is_empty() && stream.write_all(&again).is_ok() {
         written += again.len();
         assert!(written < ENDLESS, "read without end");
