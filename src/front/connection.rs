@@ -90,7 +90,8 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
         is_head: false,
     };
     match connection.run() {
-        Ok(()) => connection.leave(),
+        Ok(true) => connection.leave(),
+        Ok(false) => connection.stream.finish(),
         Err(End::Refused(refusal)) => drop(connection.refuse(refusal)),
         Err(End::Gone) => {}
     }
@@ -134,8 +135,8 @@ struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    /// Returns when no further request is to be read.
-    fn run(&mut self) -> Result<(), End> {
+    /// Returns when no further request is to be read: whether the client may send one nevertheless.
+    fn run(&mut self) -> Result<bool, End> {
         if self.generation.is_some() {
             self.enter(Phase::Arriving, IDLE_TIME)?;
         }
@@ -156,10 +157,10 @@ impl Connection<'_> {
             }
             let idle = self.ends.min(Instant::now() + IDLE_TIME);
             if !self.answer(&head, body_deadline)? || self.place.enter(Phase::Idle, idle).is_err() {
-                break;
+                return Ok(head.keep_alive || !self.buffer.is_empty());
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn enter(&self, phase: Phase, time: Duration) -> io::Result<()> {
