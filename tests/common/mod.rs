@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 /// What nothing in a test takes on the slowest machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+pub const DAEMON: &str = env!("CARGO_BIN_EXE_vpn-daemon");
+
 /// A directory of the test's own, removed when dropped.
 pub struct TempDir(PathBuf);
 
@@ -68,7 +70,14 @@ impl Daemon {
 
     /// `prepare` may change the command, its environment above all.
     pub fn start_with(arguments: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
-        Self::start_as(Command::new(env!("CARGO_BIN_EXE_vpn-daemon")), arguments, prepare)
+        Self::start_as(Command::new(DAEMON), arguments, prepare)
+    }
+
+    /// The words of `wrapper` run it.
+    pub fn start_by(wrapper: &[&str], arguments: &[&str]) -> Self {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(DAEMON);
+        Self::start_as(command, arguments, |_| {})
     }
 
     /// By way of `command`, which ends by becoming the daemon.
@@ -113,15 +122,10 @@ impl Daemon {
 
     /// The first line with this text; waits for it.
     pub fn wait_for_log(&self, text: &str) -> String {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let (ended, log) = (self.log.ended.load(Ordering::Relaxed), self.log());
-            if let Some(line) = log.iter().find(|line| line.contains(text)) {
-                return line.clone();
-            }
-            assert!(!ended && Instant::now() < end, "no log line with {text:?} in {log:#?}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let what = format!("a log line with {text:?}");
+        let find = || self.log().into_iter().find(|line| line.contains(text));
+        wait_until(&what, || find().is_some() || self.log.ended.load(Ordering::Relaxed));
+        find().expect(&what)
     }
 
     pub fn log(&self) -> Vec<String> {
@@ -140,14 +144,7 @@ impl Daemon {
 
     /// Waits for the end.
     pub fn wait(&mut self) -> ExitStatus {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            match self.child.try_wait().unwrap() {
-                Some(status) => return status,
-                None if Instant::now() < end => std::thread::sleep(Duration::from_millis(10)),
-                None => panic!("the daemon does not end"),
-            }
-        }
+        wait_for("the end of the daemon", || self.child.try_wait().unwrap())
     }
 
     /// A number of `/proc/PID/status`, e.g. `VmRSS` in KiB or `Threads`.
@@ -180,6 +177,12 @@ impl Daemon {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
+    /// `SOFT:HARD`, from now on; what is left out stays as it is.
+    pub fn limit_open_files(&self, limit: &str) {
+        let arguments = [format!("--pid={}", self.pid()), format!("--nofile={limit}")];
+        assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
+    }
+
     pub fn connect(&self) -> TcpStream {
         connect(self.address)
     }
@@ -196,22 +199,8 @@ impl Daemon {
         self.call("POST", target, &headers, form.as_bytes())
     }
 
-    /// Any request, with `Content-Length` where there is a body or the method is POST.
     pub fn call(&self, method: &str, target: &str, headers: &[&str], body: &[u8]) -> Answer {
-        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
-        for header in headers {
-            request += &format!("{header}\r\n");
-        }
-        if method == "POST" || !body.is_empty() {
-            request += &format!("Content-Length: {}\r\n", body.len());
-        }
-        request += "Connection: close\r\n\r\n";
-        let mut stream = self.connect();
-        stream.write_all(&[request.as_bytes(), body].concat()).unwrap();
-        let mut stream = BufReader::new(stream);
-        let answer = Answer::read(&mut stream, method == "HEAD").unwrap();
-        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection ends after the answer");
-        answer
+        call(self.address, method, target, headers, body)
     }
 }
 
@@ -225,13 +214,20 @@ impl Drop for Daemon {
     }
 }
 
-/// Waits until it is `done`; panics after a time that is only there to end a hang.
-pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+/// What is found in the end; panics after a time that is only there to end a hang.
+pub fn wait_for<T>(what: &str, mut find: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + 2 * PATIENCE;
-    while !done() {
+    loop {
+        if let Some(found) = find() {
+            return found;
+        }
         assert!(Instant::now() < end, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    wait_for(what, || done().then_some(()));
 }
 
 pub fn connect(address: SocketAddr) -> TcpStream {
@@ -239,6 +235,24 @@ pub fn connect(address: SocketAddr) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream
+}
+
+/// Any request, with `Content-Length` where there is a body or the method is POST.
+pub fn call(to: SocketAddr, method: &str, target: &str, headers: &[&str], body: &[u8]) -> Answer {
+    let mut request = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
+    for header in headers {
+        request += &format!("{header}\r\n");
+    }
+    if method == "POST" || !body.is_empty() {
+        request += &format!("Content-Length: {}\r\n", body.len());
+    }
+    request += "Connection: close\r\n\r\n";
+    let mut stream = connect(to);
+    stream.write_all(&[request.as_bytes(), body].concat()).unwrap();
+    let mut stream = BufReader::new(stream);
+    let answer = Answer::read(&mut stream, method == "HEAD").unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection ends after the answer");
+    answer
 }
 
 /// An HTTP answer, read to its end and no further.

@@ -2,12 +2,20 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs::{self, OpenOptions};
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
-use crate::common::TempDir;
+use rustls::crypto::ring::{self, sign::any_supported_type};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+
+use crate::common::{Daemon, TempDir};
 
 /// The server name in every server certificate.
 pub const SERVER_NAME: &str = "node1.vpn.example.org";
@@ -127,6 +135,28 @@ impl Pki {
         fs::write(self.path(&format!("{client}.crt")), chain).unwrap();
     }
 
+    /// A daemon with the credentials directory.
+    pub fn daemon(&self, arguments: &[&str]) -> Daemon {
+        Daemon::start_with(arguments, |command| {
+            command.env("CREDENTIALS_DIRECTORY", self.credentials_directory());
+        })
+    }
+
+    /// A client with this certificate, and this key, which need not be the certificate's.
+    pub fn client(&self, certificate: &str, key: &str) -> Arc<ClientConfig> {
+        let read =
+            |name: &str| CertificateDer::from_pem_file(self.path(&format!("{name}.crt"))).unwrap();
+        let key = PrivateKeyDer::from_pem_file(self.path(&format!("{key}.key"))).unwrap();
+        let identity =
+            CertifiedKey::new(vec![read(certificate)], any_supported_type(&key).unwrap());
+        let mut roots = RootCertStore::empty();
+        roots.add(read("ca")).unwrap();
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let builder = builder.with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
+        let resolver = Arc::new(SingleCertAndKey::from(identity));
+        Arc::new(builder.with_root_certificates(roots).with_client_cert_resolver(resolver))
+    }
+
     /// Runs `openssl` in the directory, with arguments that have no spaces.
     pub fn openssl(&self, arguments: &str) -> String {
         let output = Command::new("openssl")
@@ -191,4 +221,15 @@ impl Pki {
         command.arg(format!("https://{SERVER_NAME}:{port}/i/node"));
         command.status().expect("the tests need the curl command: install curl").success()
     }
+}
+
+pub type Tunnel = StreamOwned<ClientConnection, TcpStream>;
+
+/// Shakes hands.
+pub fn connect(client: &Arc<ClientConfig>, stream: TcpStream) -> io::Result<Tunnel> {
+    let name = SERVER_NAME.try_into().unwrap();
+    let mut tunnel =
+        StreamOwned::new(ClientConnection::new(Arc::clone(client), name).unwrap(), stream);
+    tunnel.flush()?;
+    Ok(tunnel)
 }
