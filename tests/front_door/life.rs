@@ -1,17 +1,17 @@
 //! Its directory, its signals, its end.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 
-use super::common::{Answer, Daemon, TempDir};
-use super::{CONNECTIONS, Connection, NODE, Site, hang, limit_open_files, names};
+use super::common::{Answer, DAEMON, Daemon, TempDir};
+use super::{CONNECTIONS, Connection, NODE, Site, names, post, with};
 
 #[test]
 fn the_inner_socket_is_private_and_goes_with_the_daemon() {
@@ -21,24 +21,13 @@ fn the_inner_socket_is_private_and_goes_with_the_daemon() {
     let inner = daemon.directory().join(inner);
     assert_eq!(inner.metadata().unwrap().permissions().mode() & 0o7777, 0o700);
     assert_eq!(names(&inner), ["http.sock"]);
-    assert!(inner.join("http.sock").metadata().unwrap().file_type().is_socket());
     assert_eq!(daemon.get("/i/node").status, 200);
-    let sockets = std::fs::read_to_string(format!("/proc/{}/net/unix", daemon.pid())).unwrap();
-    // Abstract names would show as @…, among those of the whole machine: ours would hold our path
-    // or be held by us.
-    let own: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))
-        .unwrap()
-        .filter_map(|entry| {
-            std::fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok()
-        })
-        .filter_map(|target| Some(target.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
-        .collect();
-    for line in sockets.lines() {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        if fields.get(6).is_some_and(|inode| own.iter().any(|own| own == inode)) {
-            assert!(fields.get(7).is_none_or(|path| !path.starts_with('@')), "abstract: {line}");
-        }
-    }
+    // Nor does it listen elsewhere, as on an abstract name, which anybody may connect to.
+    let output = Command::new("ss").args(["-Hlxp"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (pid, path) = (format!("pid={},", daemon.pid()), inner.join("http.sock"));
+    let listening: Vec<_> = text.lines().filter(|line| line.contains(&pid)).collect();
+    assert!(listening.len() == 1 && listening[0].contains(path.to_str().unwrap()), "{text}");
     daemon.signal("TERM");
     assert!(daemon.wait().success());
     assert!(!inner.exists());
@@ -51,10 +40,9 @@ fn a_start_that_fails_leaves_nothing() {
     let mut failed = 0;
     for files in 3..=10 {
         let directory = TempDir::new("start");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vpn-daemon"));
-        command.args(["-listen", "127.0.0.1:0"]).env_remove("CREDENTIALS_DIRECTORY");
-        command.env("RUNTIME_DIRECTORY", directory.path());
-        limit_open_files(&mut command, &format!("{files}:{files}"));
+        let mut command = Command::new("prlimit");
+        command.args([&format!("--nofile={files}:{files}"), DAEMON, "-listen", "127.0.0.1:0"]);
+        command.env_remove("CREDENTIALS_DIRECTORY").env("RUNTIME_DIRECTORY", directory.path());
         let mut daemon = command.stderr(Stdio::piped()).spawn().unwrap();
         for line in BufReader::new(daemon.stderr.take().unwrap()).lines() {
             if line.unwrap().contains("listening on") {
@@ -69,59 +57,29 @@ fn a_start_that_fails_leaves_nothing() {
 
 #[test]
 fn what_is_under_way_is_answered_before_the_end() {
-    for mut site in Site::both(&[]) {
-        let _openvpn = hang(&site.daemon);
-        let mut idle = site.connect();
+    for (mut site, signal) in Site::both(&[]).into_iter().zip(["TERM", "INT"]) {
+        let _openvpn = site.hang();
+        let [mut idle, mut busy, mut half] = [(); 3].map(|()| site.connect());
         assert_eq!(idle.ask(NODE).status, 200);
-        let mut busy = site.connect();
-        busy.write_all(CONNECTIONS.as_bytes()).unwrap();
-        busy.flush().unwrap();
+        busy.send(CONNECTIONS);
+        // Nobody waits for these.
+        half.send(&NODE[..20]);
+        let _silent = site.daemon.connect();
         // It is with the backend once that has a connection.
         thread::sleep(Duration::from_millis(500));
-        let address = site.daemon.address;
-        site.daemon.signal("TERM");
+        let (address, started) = (site.daemon.address, Instant::now());
+        site.daemon.signal(signal);
         site.daemon.wait_for_log("stopping");
-        // rustls reports an end without close_notify as an error.
         idle.ends();
-        let answer = Answer::read(&mut *busy, false).unwrap();
-        assert_eq!(answer.status, 504, "{answer:?}");
-        assert_eq!(answer.header("Connection"), Some("close"));
+        let answer = busy.answer();
+        assert_eq!((answer.status, answer.header("Connection")), (504, Some("close")));
         busy.ends();
         drop(busy);
         assert_eq!(site.daemon.wait().code(), Some(0));
+        assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
         assert!(TcpStream::connect(address).is_err());
+        assert_eq!(names(site.daemon.directory()), ["openvpn"]);
     }
-}
-
-#[test]
-fn the_end_waits_for_nobody_who_has_not_asked() {
-    let mut daemon = Daemon::start(&[]);
-    let silent = daemon.connect();
-    let mut half = daemon.connect();
-    half.write_all(&NODE.as_bytes()[..20]).unwrap();
-    let mut closing = daemon.connect();
-    assert_eq!(closing.ask(&NODE.replace("Host", "Connection: close\r\nHost")).status, 200);
-    daemon.signal("INT");
-    assert_eq!(daemon.wait().code(), Some(0));
-    drop((silent, half, closing));
-}
-
-/// Whoever is still queued then waits for the next process, or is told by a reset.
-#[test]
-fn out_of_descriptors_it_ends_all_the_same() {
-    let mut daemon = Daemon::start(&[]);
-    let arguments = ["--pid", &daemon.pid().to_string(), "-n3:"];
-    assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
-    let queued: Vec<_> = (0..4).map(|_| daemon.connect()).collect();
-    daemon.wait_for_log("cannot accept a connection");
-    daemon.signal("TERM");
-    assert_eq!(daemon.wait().code(), Some(0));
-    // It says so once a second while it waits for descriptors.
-    let log = daemon.log();
-    let tries = log.iter().skip_while(|line| !line.contains("SIGTERM: stopping"));
-    assert!(tries.filter(|line| line.contains("cannot accept")).count() < 4, "{log:#?}");
-    assert_eq!(names(daemon.directory()), [""; 0]);
-    drop(queued);
 }
 
 /// When tiny_http runs out of descriptors it may stop accepting, with an error or a panic. The
@@ -131,30 +89,21 @@ fn a_daemon_without_its_http_server_ends() {
     let mut ended = 0;
     for spare in 1..=4 {
         let mut daemon = Daemon::start(&[]);
-        let pid = daemon.pid().to_string();
-        let limit_open_files = |files: usize| {
-            // The soft limit alone.
-            let arguments = ["--pid", &pid, &format!("-n{files}:")];
-            assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
-        };
-        let mut connections: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
-        for connection in &mut connections {
-            connection.write_all(b"GET /i/node HTTP/1.1\r\n").unwrap();
-        }
+        let mut connections = [(); 8].map(|()| daemon.connect());
+        connections.iter_mut().for_each(|one| one.send("GET /i/node HTTP/1.1\r\n"));
         thread::sleep(Duration::from_millis(300));
-        limit_open_files(daemon.open_files() + spare);
+        daemon.limit_open_files(&format!("{}:", daemon.open_files() + spare));
+        // Who is served and who is dropped is left to chance.
         for connection in &mut connections {
-            // Who is served and who is dropped is left to chance.
-            let _ = connection.write_all(b"Host: localhost\r\n\r\n");
+            let _ = connection.try_send("Host: localhost\r\n\r\n");
         }
         for connection in &mut connections {
             let _ = Answer::read(connection, false);
         }
-        limit_open_files(1024);
-        let serves = TcpStream::connect(daemon.address).is_ok_and(|mut stream| {
-            let asked = stream.write_all(NODE.as_bytes());
-            asked.is_ok() && Answer::read(&mut stream, false).is_ok_and(|one| one.status == 200)
-        });
+        daemon.limit_open_files("1024:");
+        let serves = TcpStream::connect(daemon.address)
+            .and_then(|mut stream| stream.try_ask(NODE))
+            .is_ok_and(|answer| answer.status == 200);
         if !serves {
             daemon.wait_for_log("the HTTP server has given up");
             assert_eq!(daemon.wait().code(), Some(1), "{spare}");
@@ -169,28 +118,14 @@ fn a_daemon_without_its_http_server_ends() {
 #[test]
 fn forged_names_are_not_believed() {
     for site in Site::both(&[]) {
-        let directory = site.daemon.directory().join("openvpn");
-        std::fs::create_dir(&directory).unwrap();
-        let socket = std::os::unix::net::UnixListener::bind(directory.join("one.sock")).unwrap();
-        let openvpn = thread::spawn(move || {
-            use std::io::{BufRead, BufReader};
-            let (stream, _) = socket.accept().unwrap();
-            (&stream).write_all(b">INFO:OpenVPN Management Interface Version 5\r\n").unwrap();
-            let mut line = String::new();
-            BufReader::new(&stream).read_line(&mut line).unwrap();
-            assert!(line.starts_with("kill "), "{line:?}");
-            let found = "SUCCESS: common name 'x' found, 1 client(s) killed\r\n";
-            (&stream).write_all(found.as_bytes()).unwrap();
-        });
         let forged = "X-Vpn-Daemon-Client: 192.0.2.66:666\r\nx-vpn-daemon-client-name: mallory\r\n\
-                      X-Forwarded-For: 192.0.2.66\r\nForwarded: for=192.0.2.66\r\n";
-        let request = super::post("/o/disconnect_client", "common_name=x");
+                      X-Forwarded-For: 192.0.2.66\r\nForwarded: for=192.0.2.66";
         let mut connection = site.connect();
         let own = connection.socket().local_addr().unwrap();
-        assert_eq!(connection.ask(&request.replace("Host", &format!("{forged}Host"))).status, 204);
-        openvpn.join().unwrap();
+        let request = with(forged, &post("/o/disconnect_client", "common_name=x"));
+        assert_eq!(connection.ask(&request).status, 204);
         let line = site.daemon.wait_for_log("audit ");
-        let name = if site.client.is_some() { "portal" } else { "" };
+        let name = if site.tls.is_some() { "portal" } else { "" };
         let who = format!(" asked_by={name:?} address={own} result=204 ms=");
         assert!(line.contains(&who), "{line}");
         let log = site.daemon.log().concat();

@@ -4,27 +4,25 @@
 mod attack;
 #[path = "../common/mod.rs"]
 mod common;
-mod https;
 mod life;
 mod limits;
+#[path = "../common/management.rs"]
+mod management;
 #[path = "../common/pki.rs"]
 mod pki;
 mod requests;
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::ClientConfig;
 
 use common::{Answer, Daemon};
-use pki::{Pki, SERVER_NAME};
+use pki::{Pki, Tunnel};
 
 /// A connection to the daemon, plain or TLS.
 trait Connection: Read + Write + Send {
@@ -35,13 +33,30 @@ trait Connection: Read + Write + Send {
         self.socket().shutdown(Shutdown::Write).unwrap();
     }
 
-    fn ask(&mut self, request: &str) -> Answer {
-        self.write_all(request.as_bytes()).unwrap();
-        self.flush().unwrap();
-        Answer::read(self, request.starts_with("HEAD ")).unwrap()
+    fn send(&mut self, text: &str) {
+        self.try_send(text).unwrap();
     }
 
-    /// Nothing more comes, and the daemon has not cut the connection.
+    /// For times when the daemon may cut a connection.
+    fn try_send(&mut self, text: &str) -> io::Result<()> {
+        self.write_all(text.as_bytes()).and_then(|()| self.flush())
+    }
+
+    fn answer(&mut self) -> Answer {
+        Answer::read(self, false).unwrap()
+    }
+
+    fn ask(&mut self, request: &str) -> Answer {
+        self.try_ask(request).unwrap()
+    }
+
+    fn try_ask(&mut self, request: &str) -> io::Result<Answer> {
+        self.try_send(request)?;
+        Answer::read(self, request.starts_with("HEAD "))
+    }
+
+    /// Nothing more comes, and the daemon has not cut the connection: rustls reports an end without
+    /// close_notify as an error.
     fn ends(&mut self) {
         let mut rest = Vec::new();
         self.read_to_end(&mut rest).unwrap();
@@ -70,23 +85,28 @@ impl Connection for Tunnel {
 /// A daemon and the way to speak to it.
 struct Site {
     daemon: Daemon,
-    client: Option<Arc<ClientConfig>>,
-    _pki: Option<Pki>,
+    tls: Option<(Pki, Arc<ClientConfig>)>,
 }
 
 impl Site {
     fn plain(arguments: &[&str]) -> Self {
-        Self { daemon: Daemon::start(arguments), client: None, _pki: None }
+        Self { daemon: Daemon::start(arguments), tls: None }
     }
 
     fn tls(arguments: &[&str]) -> Self {
         let pki = Pki::usual();
-        let daemon = start_tls(&pki, arguments);
-        Self { daemon, client: Some(client(&pki, "portal")), _pki: Some(pki) }
+        let client = pki.client("portal", "portal");
+        Self { daemon: pki.daemon(arguments), tls: Some((pki, client)) }
     }
 
     fn both(arguments: &[&str]) -> [Self; 2] {
         [Self::plain(arguments), Self::tls(arguments)]
+    }
+
+    /// With this `SOFT:HARD` limit of open files; what is left out is as for the test.
+    fn limited(limit: &str, arguments: &[&str]) -> Self {
+        let wrapper = ["prlimit", &format!("--nofile={limit}")];
+        Self { daemon: Daemon::start_by(&wrapper, arguments), tls: None }
     }
 
     /// After the handshake, if there is one.
@@ -94,10 +114,10 @@ impl Site {
         self.try_connect().unwrap()
     }
 
-    fn try_connect(&self) -> std::io::Result<Box<dyn Connection>> {
-        Ok(match &self.client {
+    fn try_connect(&self) -> io::Result<Box<dyn Connection>> {
+        Ok(match &self.tls {
             None => Box::new(self.daemon.connect()),
-            Some(client) => Box::new(shake_hands(client, self.daemon.connect())?),
+            Some((_, client)) => Box::new(pki::connect(client, self.daemon.connect())?),
         })
     }
 
@@ -106,61 +126,31 @@ impl Site {
         self.connect().ask(request)
     }
 
-    /// For times when the daemon may cut a connection.
-    fn try_ask(&self, request: &str) -> std::io::Result<Answer> {
-        let mut connection = self.try_connect()?;
-        connection.write_all(request.as_bytes())?;
-        connection.flush()?;
-        Answer::read(&mut *connection, false)
+    /// The status alone.
+    fn try_ask(&self, request: &str) -> io::Result<u16> {
+        Ok(self.try_connect()?.try_ask(request)?.status)
     }
 
     fn serves(&self) {
         let answer = self.ask(NODE);
         assert_eq!(answer.status, 200, "{answer:?}");
     }
-}
 
-fn start_tls(pki: &Pki, arguments: &[&str]) -> Daemon {
-    Daemon::start_with(arguments, |command| {
-        command.env("CREDENTIALS_DIRECTORY", pki.credentials_directory());
-    })
-}
-
-/// A TLS client that trusts `ca.crt` and has the certificate and key of this name.
-fn client(pki: &Pki, name: &str) -> Arc<ClientConfig> {
-    let certificates = |file: &str| {
-        let certificates = CertificateDer::pem_file_iter(pki.path(file)).unwrap();
-        certificates.map(Result::unwrap).collect::<Vec<_>>()
-    };
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(certificates("ca.crt"));
-    let provider = rustls::crypto::ring::default_provider();
-    let builder = ClientConfig::builder_with_provider(Arc::new(provider))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots);
-    let key = PrivateKeyDer::from_pem_file(pki.path(&format!("{name}.key"))).unwrap();
-    let chain = certificates(&format!("{name}.crt"));
-    Arc::new(builder.with_client_auth_cert(chain, key).unwrap())
-}
-
-type Tunnel = StreamOwned<ClientConnection, TcpStream>;
-
-fn shake_hands(client: &Arc<ClientConfig>, mut stream: TcpStream) -> std::io::Result<Tunnel> {
-    let name = SERVER_NAME.try_into().unwrap();
-    let mut connection = ClientConnection::new(Arc::clone(client), name).unwrap();
-    while connection.is_handshaking() {
-        connection.complete_io(&mut stream)?;
+    /// An OpenVPN process that hangs: every call that asks it is under way for 2.5 s.
+    fn hang(&self) -> UnixListener {
+        let directory = self.daemon.directory().join("openvpn");
+        std::fs::create_dir(&directory).unwrap();
+        UnixListener::bind(directory.join("hangs.sock")).unwrap()
     }
-    // The client's certificate is in the last flight.
-    while connection.wants_write() {
-        connection.complete_io(&mut stream)?;
-    }
-    Ok(StreamOwned::new(connection, stream))
 }
 
 const NODE: &str = "GET /i/node HTTP/1.1\r\nHost: localhost\r\n\r\n";
 const CONNECTIONS: &str = "GET /o/connection_list HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+/// That request with one more header.
+fn with(header: &str, request: &str) -> String {
+    request.replace("Host: ", &format!("{header}\r\nHost: "))
+}
 
 fn post(target: &str, body: &str) -> String {
     format!(
@@ -169,28 +159,6 @@ fn post(target: &str, body: &str) -> String {
          Content-Length: {}\r\n\r\n{body}",
         body.len()
     )
-}
-
-/// An OpenVPN process that hangs: every call that asks it is under way for 2.5 s.
-fn hang(daemon: &Daemon) -> UnixListener {
-    let directory = daemon.directory().join("openvpn");
-    std::fs::create_dir(&directory).unwrap();
-    UnixListener::bind(directory.join("hangs.sock")).unwrap()
-}
-
-/// Makes `command` run with this `soft:hard` limit of open files; without a number, the one of the
-/// test stays.
-fn limit_open_files(command: &mut Command, limit: &str) {
-    let mut limited = Command::new("prlimit");
-    limited.arg(format!("--nofile={limit}")).arg(command.get_program());
-    limited.args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => limited.env(name, value),
-            None => limited.env_remove(name),
-        };
-    }
-    *command = limited;
 }
 
 /// Lets the test process hold a flood open.
