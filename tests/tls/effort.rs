@@ -1,16 +1,10 @@
 //! What a client may make the daemon compute, and what it must prove.
 
 use std::fs;
-use std::sync::Arc;
-
-use rustls::crypto::ring::{self, sign::any_supported_type};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use std::io::Read as _;
 
 use super::Site;
-use super::pki::{CA, CLIENT, ED25519, P384, Pki, Profile, SERVER_NAME};
+use super::pki::{self, CA, CLIENT, ED25519, P384, Pki, Profile};
 
 /// CPU time of the daemon for forty handshakes, in hundredths of a second.
 fn cost(site: &Site, client: &str) -> u64 {
@@ -80,24 +74,11 @@ fn long_chains_are_let_in_up_to_a_limit() {
 #[test]
 fn a_stolen_certificate_is_no_use_without_its_key() {
     let site = Site::start(Pki::usual());
-    let certificate = |file| CertificateDer::from_pem_file(site.pki.path(file)).unwrap();
-    let key = PrivateKeyDer::from_pem_file(site.pki.path("server.key")).unwrap();
-    let stolen = vec![certificate("portal.crt")];
-    let thief = CertifiedKey::new(stolen, any_supported_type(&key).unwrap());
-    let mut roots = RootCertStore::empty();
-    roots.add(certificate("ca.crt")).unwrap();
-    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
-    let builder = builder.with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
-    let resolver = Arc::new(SingleCertAndKey::from(thief));
-    let config = builder.with_root_certificates(roots).with_client_cert_resolver(resolver);
-    let config = Arc::new(config);
+    let thief = site.pki.client("portal", "server");
     let line = site.logs("the client does not have its private key", || {
-        let name = ServerName::try_from(SERVER_NAME).unwrap();
-        let mut connection = ClientConnection::new(Arc::clone(&config), name).unwrap();
-        let mut stream = site.daemon.connect();
         // It is told in the end.
-        while connection.complete_io(&mut stream).is_ok_and(|done| done != (0, 0)) {}
-        assert!(connection.process_new_packets().is_err());
+        let tunnel = pki::connect(&thief, site.daemon.connect());
+        assert!(tunnel.and_then(|mut tunnel| tunnel.read(&mut [0])).is_err());
     });
     assert!(line.contains("refused handshake of 127.0.0.1:"), "{line}");
 }

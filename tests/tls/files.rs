@@ -52,15 +52,10 @@ fn files_that_cannot_be_used() {
     #[rustfmt::skip]
     let cases = [
         ("ca.crt", "garbage\n".to_owned(), "ca.crt holds no certificate in PEM"),
-        ("server.crt", String::new(), "server.crt holds no certificate in PEM"),
         ("server.key", String::new(), "server.key holds no private key in PEM"),
         ("ca.crl", String::new(), "ca.crl holds no revocation list in PEM"),
-        ("ca.crt", truncated("ca.crt"), "ca.crt is malformed: "),
         ("server.key", truncated("server.key"), "server.key is malformed: "),
-        ("server.key", key.replace('\n', ""), "server.key is malformed: "),
         ("ca.crl", truncated("ca.crl"), "ca.crl is malformed: "),
-        ("ca.crt", wrapped("CERTIFICATE"), "ca.crt cannot be used: certificate 1: "),
-        ("server.crt", wrapped("CERTIFICATE"), "server.crt cannot be used: certificate 1: "),
         ("server.crt", server.clone() + &wrapped("CERTIFICATE"), "server.crt cannot be used: certificate 2: "),
         ("server.key", wrapped("PRIVATE KEY"), "server.key cannot be used: must be"),
         ("server.key", wrapped("RSA PRIVATE KEY"), "server.key cannot be used: must be"),
@@ -72,7 +67,6 @@ fn files_that_cannot_be_used() {
         ("ca.crt", ca.clone() + &ca.replace("BEGIN", "begin"), "ca.crt is malformed: "),
         ("ca.crt", ca.clone() + &ca.replace("END CERT", "END X"), "ca.crt is malformed: "),
         ("ca.crt", ca.clone() + &wrapped("TRUSTED CERTIFICATE"), "ca.crt is malformed: "),
-        ("ca.crt", ca.replace('M', "-"), "ca.crt is malformed: "),
         ("ca.crt", ca.clone() + &key, "ca.crt holds something other than a certificate"),
         ("ca.crt", ca.clone() + &server, "ca.crt cannot be used: certificate 2: it is not a CA's"),
         ("server.crt", server.clone() + &key, "server.crt holds something other than a certificate"),
@@ -131,8 +125,6 @@ fn findings() {
         ("public", "public", CA),
         ("foreign", "public", SERVER),
         ("past", "ca", Profile { not_after: PAST, ..SERVER }),
-        ("early", "ca", Profile { not_before: "20980101000000Z", ..SERVER }),
-        ("soon", "ca", SERVER),
         ("tight", "tight", Profile { extensions: &tight, ..CA }),
         ("inside", "tight", SERVER),
         ("other", "other", Profile { extensions: &other, ..CA }),
@@ -143,10 +135,6 @@ fn findings() {
     ] {
         pki.issue(name, issuer, profile);
     }
-    pki.openssl(
-        "x509 -req -days 10 -copy_extensions copy -CA ca.crt -CAkey ca.key -in soon.csr \
-         -out soon.crt",
-    );
     let site = Site::start(pki);
     let says = |level: &str, expected: &str| {
         let seen = site.daemon.log().len();
@@ -165,8 +153,6 @@ fn findings() {
         ("tight", "inside", "", ""),
         ("ca", "foreign", "INFO", "server.crt is not issued by a CA in ca.crt"),
         ("ca", "past", "ERROR", "server.crt has expired on 2021-01-01T00:00:00Z: renew it"),
-        ("ca", "early", "ERROR", "server.crt is not valid before 2098-01-01T00:00:00Z: check"),
-        ("ca", "soon", "WARN", "server.crt expires in 9 days, on "),
         ("ca", "portal", "ERROR", "server.crt is not for server authentication: issue it with"),
         ("other", "outside", "ERROR", "server.crt has a name outside of its CA's name constraint"),
         ("ca", "self", "WARN", "server.crt does not begin a good chain: "),

@@ -10,8 +10,8 @@ mod files;
 mod pki;
 
 use std::fs;
-use std::io::Write;
-use std::net::{Shutdown, TcpStream};
+use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -27,22 +27,18 @@ struct Site {
 
 impl Site {
     fn start(pki: Pki) -> Self {
-        let daemon = Daemon::start_with(&[], |command| {
-            command.env("CREDENTIALS_DIRECTORY", pki.credentials_directory());
-        });
-        Self { pki, daemon }
+        Self { daemon: pki.daemon(&[]), pki }
     }
 
     /// What the daemon has logged while `action` ran, up to the line with `text`. A kind of warning
     /// comes once a second: the action is repeated until it shows.
     fn logs(&self, text: &str, action: impl Fn()) -> String {
-        let mut tries = (0..60).map(|_| {
+        common::wait_for(&format!("a line with {text:?}"), || {
             let seen = self.daemon.log().len();
             action();
             thread::sleep(Duration::from_millis(100));
             self.daemon.log().into_iter().skip(seen).find(|line| line.contains(text))
-        });
-        tries.find_map(|line| line).unwrap_or_else(|| panic!("no line with {text:?}"))
+        })
     }
 
     /// Reads the files again; the log line that says how that went.
@@ -50,11 +46,7 @@ impl Site {
         let lines = || self.daemon.log().into_iter().filter(|line| line.contains("SIGHUP: "));
         let seen = lines().count();
         self.daemon.signal("HUP");
-        let mut tries = (0..1000).map(|_| {
-            thread::sleep(Duration::from_millis(20));
-            lines().nth(seen)
-        });
-        tries.find_map(|line| line).unwrap()
+        common::wait_for("a reload", || lines().nth(seen))
     }
 
     /// Puts other files in force.
@@ -113,9 +105,12 @@ fn only_tls_1_3_reaches_a_handshake() {
         (b"", "unexpected end of file"),
     ] {
         site.logs(sentence, || {
-            let mut stream = TcpStream::connect(site.daemon.address).unwrap();
+            let (mut stream, mut alert) = (site.daemon.connect(), Vec::new());
             stream.write_all(bytes).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
+            // RFC 8446, 6: a record of type 21 with a fatal (2) alert.
+            stream.read_to_end(&mut alert).unwrap();
+            assert!(bytes.len() < 5 || (alert[0], alert[5]) == (21, 2), "{alert:?}");
         });
     }
 
