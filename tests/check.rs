@@ -16,10 +16,10 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{Daemon, TempDir};
+use common::{DAEMON, Daemon, TempDir};
 use device::FakeDevice;
 use management::{FakeOpenVpn, Mood};
-use pki::{CA, Pki};
+use pki::Pki;
 
 const OK: i32 = 0;
 const WARNING: i32 = 1;
@@ -67,8 +67,8 @@ impl Installation {
     fn run(&self, wrapper: &[&str], flags: &[&str]) -> Output {
         let mut command = Command::new("timeout");
         command.env_remove("CREDENTIALS_DIRECTORY").args(["-s", "KILL", "30"]).args(wrapper);
-        command.args([env!("CARGO_BIN_EXE_vpn-daemon"), "check", "-openvpn-dir"]);
-        command.arg(self.openvpn()).args(flags).output().unwrap()
+        command.args([DAEMON, "check", "-openvpn-dir"]).arg(self.openvpn()).args(flags);
+        command.output().unwrap()
     }
 
     fn check_with(&self, wrapper: &[&str], flags: &[&str]) -> Checked {
@@ -125,51 +125,42 @@ fn all_is_well() {
         let fields: Vec<_> = entry.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(fields, ["level", "remedy", "seen", "subject"]);
     }
+    // Also where the daemon runs already.
+    let daemon = Daemon::start(&["-listen", ":0"]);
+    for address in [format!("127.0.0.1:{}", daemon.address.port()), daemon.address.to_string()] {
+        let seen = format!("{address} is served by vpn-daemon {}", env!("CARGO_PKG_VERSION"));
+        installation.check(&[], &["-listen", &address]).has(OK, &seen, "");
+    }
+    assert_eq!(daemon.get("/i/node").status, 200);
     let text = installation.run(&[], &installation.usual());
     assert!(text.status.success() && text.stdout.ends_with(b"\nAll is well.\n"), "{text:?}");
 }
 
 #[test]
-fn addresses() {
-    let installation = Installation::new();
-    let check = |listen: &str| installation.check(&[], &["-listen", listen]);
+fn flags_that_lead_nowhere() {
+    let (installation, stale) = (Installation::new(), FakeDevice::stale());
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap();
-    let seen = format!("cannot listen on {address}: Address already in use");
-    let remedy = format!("ss -ltnp 'sport = :{}'", address.port());
-    check(&address.to_string()).names(PROBLEM, &seen, &remedy);
-
-    let daemon = Daemon::start(&["-listen", ":0"]);
-    for address in [format!("127.0.0.1:{}", daemon.address.port()), daemon.address.to_string()] {
-        let seen = format!("{address} is served by vpn-daemon {}", env!("CARGO_PKG_VERSION"));
-        check(&address).has(OK, &seen, "");
-    }
-    assert_eq!(daemon.get("/i/node").status, 200);
-
-    let seen = "cannot listen on 192.0.2.1:9: Cannot assign";
-    check("192.0.2.1:9").names(PROBLEM, seen, "LISTEN=");
-    check("name.invalid:1").names(PROBLEM, "cannot listen on name.invalid:1: ", "LISTEN=");
-    check(":0").names(WARNING, "plain HTTP on :0", "credentials.conf");
-}
-
-#[test]
-fn wireguard_devices() {
-    let installation = Installation::new();
-    let stale = FakeDevice::stale();
-    let no_process = format!("{} has no process behind it", stale.socket.display());
-    for (device, seen, remedy) in [
-        ("vd-none", "vd-none does not exist", "ip link add vd-none type wireguard"),
-        ("lo", "lo is not a WireGuard device", "-wg-device"),
-        (&stale.name, &no_process, "remove the file"),
+    let address = &taken.local_addr().unwrap().to_string();
+    let in_use = &format!("cannot listen on {address}: Address already in use");
+    let holder = &format!("ss -ltnp 'sport = :{}'", taken.local_addr().unwrap().port());
+    let no_process = &format!("{} has no process behind it", stale.socket.display());
+    for (flag, value, status, seen, remedy) in [
+        ("-listen", address.as_str(), PROBLEM, in_use.as_str(), holder.as_str()),
+        ("-listen", "192.0.2.1:9", PROBLEM, "cannot listen on 192.0.2.1:9: Cannot", "LISTEN="),
+        ("-listen", "name.invalid:1", PROBLEM, "cannot listen on name.invalid:1: ", "LISTEN="),
+        ("-listen", ":0", WARNING, "plain HTTP on :0", "credentials.conf"),
+        ("-wg-device", "vd-none", PROBLEM, "vd-none does not exist", "ip link add vd-none type"),
+        ("-wg-device", "lo", PROBLEM, "lo is not a WireGuard device", "-wg-device"),
+        ("-wg-device", &stale.name, PROBLEM, no_process, "remove the file"),
+        ("-openvpn-dir", "/nowhere", WARNING, "/nowhere does not exist", "-openvpn-dir"),
+        ("-openvpn-dir", "/dev/null", PROBLEM, "/dev/null", "-openvpn-dir"),
     ] {
-        installation.check(&[], &["-wg-device", device]).names(PROBLEM, seen, remedy);
+        installation.check(&[], &[flag, value]).names(status, seen, remedy);
     }
-    chmod(&installation.device.socket, 0o700);
-    installation.check(&NOBODY, &[]).names(PROBLEM, &installation.device.name, "");
 }
 
 #[test]
-fn the_openvpn_directory() {
+fn what_the_service_may_not_use() {
     let installation = Installation::new();
     let directory = installation.openvpn();
     let line = format!("z {} 0750 root", directory.display());
@@ -178,9 +169,8 @@ fn the_openvpn_directory() {
     installation.check(&[], &[]).names(WARNING, "may be listed by root alone", &line);
     chmod(&directory, 0o755);
     installation.check(&NOBODY, &[]).names(OK, "management sockets in ", "");
-    let check = |directory| installation.check(&[], &["-openvpn-dir", directory]);
-    check("/nowhere").names(WARNING, "/nowhere does not exist", "-openvpn-dir");
-    check("/dev/null").names(PROBLEM, "/dev/null", "-openvpn-dir");
+    chmod(&installation.device.socket, 0o700);
+    installation.check(&NOBODY, &[]).names(PROBLEM, &installation.device.name, "");
 }
 
 #[test]
@@ -190,10 +180,7 @@ fn openvpn_sockets() {
         (Mood::Full, "did not answer within 1.5 s: too many others wait", "ss -xp"),
         (Mood::Deaf, "did not answer within 1.5 s", "ss -xp"),
         (Mood::Password, "asked for a password; remove the password file", ""),
-        (Mood::CloseAtOnce, "closed the connection before its greeting", ""),
         (Mood::GarbageGreeting, "sent a reply that was not understood", ""),
-        (Mood::FloodLine, "sent a line of more than", ""),
-        (Mood::FloodNews, "sent", ""),
     ];
     let installation = Installation::new();
     let directory = installation.openvpn();
@@ -211,30 +198,22 @@ fn openvpn_sockets() {
     }
     checked.has(WARNING, "stale.sock is stale", &format!("rm {}", stale.display()));
     let problems = checked.entries.iter().filter(|entry| entry["level"] == "problem");
-    assert_eq!(problems.count(), 72, "{:#?}", checked.entries);
+    assert_eq!(problems.count(), 69, "{:#?}", checked.entries);
 }
 
 #[test]
 fn credentials() {
     let (installation, pki) = (Installation::new(), Pki::usual());
-    let directory = pki.credentials_directory();
-    let variable = format!("CREDENTIALS_DIRECTORY={}", directory.display());
+    let variable = format!("CREDENTIALS_DIRECTORY={}", pki.credentials_directory().display());
     let check = |flags: &[&str]| installation.check(&["env", &variable], flags);
     check(&[]).names(OK, "certificate and key belong together, valid until 2099-12-31", "");
     let nobody = installation.check(&[&["env", &variable], &NOBODY[..]].concat(), &[]);
     nobody.names(PROBLEM, "server.key cannot be read: Permission denied", "");
-    let daemon = Daemon::start_with(&[], |command| {
-        command.env("CREDENTIALS_DIRECTORY", &directory);
-    });
+    let daemon = pki.daemon(&[]);
     let served = check(&["-listen", &daemon.address.to_string()]);
     served.names(OK, "is served by a program that speaks TLS", "");
 
-    pki.issue("other", "other", CA);
-    pki.credentials(&["other"], &["server"]);
-    check(&[]).names(OK, "server.crt is not issued by a CA in ca.crt", "");
-    pki.credentials(&["ca"], &["portal"]);
-    check(&[]).names(PROBLEM, "server.crt is not for server authentication: issue it", "");
-    pki.credentials(&["ca"], &["server"]);
+    // What the daemon would say of them.
     chmod(pki.credential("server.key"), 0o644);
     check(&[]).names(WARNING, "server.key may be read by everybody (mode 0644): chmod o=", "");
     let empty = installation.check(&["env", "CREDENTIALS_DIRECTORY="], &[]);
