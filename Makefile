@@ -3,7 +3,7 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: build check size test fuzz install deb rpm test-system test-versions test-api deny repro unsafe demo bench
+.PHONY: build check size test fuzz install deb rpm test-system test-versions test-api torture deny repro unsafe demo bench
 
 # The program shall be the same wherever it is built: no directory of this machine stays in it.
 build deb rpm unsafe bench: export RUSTFLAGS := $(RUSTFLAGS) \
@@ -117,6 +117,14 @@ demo:
 bench:
 	CARGO="$(CARGO)" tests/install-deps
 	ONLY="$(ONLY)" $(CARGO) bench --locked --bench scale
+
+# A portal's load while everything around two daemons breaks; as root. SEED repeats the harm, FAULT does
+# one kind of it alone.
+torture: SECONDS = 600
+torture:
+	CARGO="$(CARGO)" tests/install-deps --only wireguard-go:wireguard-go wg:wireguard-tools ip:iproute2 \
+		openssl:openssl prlimit:util-linux kill:procps cc:build-essential
+	SECONDS="$(SECONDS)" SEED="$(SEED)" $(CARGO) test --locked --test torture -- --ignored --nocapture
 
 # openapi.yaml, the daemon and the HTTP clients of portals against each other; as root.
 # PARTS: clients, schemathesis, description.

@@ -36,8 +36,9 @@ impl FakeClient {
 }
 
 /// How a process behaves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Mood {
+    #[default]
     Healthy,
     /// Healthy, with news before, between and inside replies.
     Chatty,
@@ -83,6 +84,7 @@ pub struct FakeOpenVpn {
 
 #[derive(Default)]
 struct Shared {
+    mood: Mutex<Mood>,
     clients: Mutex<Vec<FakeClient>>,
     commands: Mutex<Vec<String>>,
     faults: Mutex<Vec<String>>,
@@ -95,7 +97,8 @@ impl FakeOpenVpn {
     pub fn start(path: PathBuf, mood: Mood, clients: Vec<FakeClient>) -> Self {
         let listener = UnixListener::bind(&path).unwrap();
         listen(&listener, Backlog::new(1).unwrap()).unwrap();
-        let shared = Arc::new(Shared { clients: Mutex::new(clients), ..Shared::default() });
+        let (now, clients) = (Mutex::new(mood), Mutex::new(clients));
+        let shared = Arc::new(Shared { mood: now, clients, ..Shared::default() });
         let crowd = if mood == Mood::Full { crowd(&path) } else { Vec::new() };
         let thread = (!matches!(mood, Mood::Full | Mood::Deaf)).then(|| {
             let listener = listener.try_clone().unwrap();
@@ -106,6 +109,7 @@ impl FakeOpenVpn {
                     if shared.stopping.load(Ordering::SeqCst) {
                         break;
                     }
+                    let mood = *shared.mood.lock().unwrap();
                     if mood == Mood::Stalled && !shared.knocked.swap(true, Ordering::SeqCst) {
                         let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
                         poll(&mut ready, PollTimeout::NONE).unwrap();
@@ -117,6 +121,17 @@ impl FakeOpenVpn {
             })
         });
         Self { path, shared, listener, thread, crowd }
+    }
+
+    /// Serves those who come from now on like this; one that accepts nothing stays so.
+    pub fn turn(&self, mood: Mood) {
+        *self.shared.mood.lock().unwrap() = mood;
+    }
+
+    /// Now these are connected; what it was told is forgotten.
+    pub fn restart(&self, clients: Vec<FakeClient>) {
+        *self.shared.clients.lock().unwrap() = clients;
+        self.shared.commands.lock().unwrap().clear();
     }
 
     /// What it was told, in order.
@@ -199,11 +214,13 @@ impl Shared {
             match mood {
                 Mood::Slow(ms) => thread::sleep(Duration::from_millis(ms)),
                 Mood::FloodRows => {
-                    stream.write_all(reply.strip_suffix(b"END\r\n").unwrap())?;
+                    stream.write_all(reply.strip_suffix(b"END\r\n").unwrap_or_default())?;
                     let row = "CLIENT_LIST\tx\tr\t10.0.0.1\t\t0\t0\t\t0\t\t1\t1\t\r\n";
                     return flood(stream, row);
                 }
-                Mood::NoEnd => return hold(stream, reply.strip_suffix(b"END\r\n").unwrap()),
+                Mood::NoEnd => {
+                    return hold(stream, reply.strip_suffix(b"END\r\n").unwrap_or_default());
+                }
                 Mood::Reply(text) => return hold(stream, text.as_bytes()),
                 Mood::Drip => {
                     for byte in &reply {

@@ -209,7 +209,9 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("the daemon's log:\n{}", self.log().join("\n"));
+            let log = self.log();
+            let end = &log[log.len().saturating_sub(1000)..];
+            eprintln!("the end of the daemon's log:\n{}", end.join("\n"));
         }
     }
 }

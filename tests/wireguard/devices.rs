@@ -42,11 +42,16 @@ pub struct Device {
 
 impl Device {
     pub fn new(kind: Kind) -> Self {
+        Self::with(kind, &[])
+    }
+
+    /// The daemon has these arguments besides.
+    pub fn with(kind: Kind, arguments: &[&str]) -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("t{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let private_key = command("wg", &["genkey"]).trim().to_owned();
         let public_key = input("wg", &["pubkey"], &private_key).trim().to_owned();
-        let daemon = Daemon::start(&["-wg-device", &name]);
+        let daemon = Daemon::start(&[&["-wg-device", &name], arguments].concat());
         let mut device = Self { name, kind, private_key, public_key, daemon, process: None };
         device.create();
         device
