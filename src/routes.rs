@@ -100,9 +100,6 @@ impl Request {
 /// Answers one request. `body` is read only by calls that take one; it yields at most as many
 /// bytes as the front door lets through for the call.
 pub(crate) fn answer(node: &Node, request: &mut Request, body: &mut dyn Read) -> Answer {
-    if let Some(sentence) = &request.forbidden {
-        return Error::new(403, sentence).into();
-    }
     let (methods, call): (_, Call) = match request.path() {
         "/i/node" => ("GET, HEAD", node_info),
         "/metrics" if node.metrics => ("GET, HEAD", figures),
@@ -118,7 +115,11 @@ pub(crate) fn answer(node: &Node, request: &mut Request, body: &mut dyn Read) ->
         let sentence = format!("{} takes only {}", request.path(), methods.replace(", ", " or "));
         return Answer { allow: Some(methods), ..Error::new(405, sentence).into() };
     }
-    call(node, request, body).unwrap_or_else(|error| {
+    let answer = match request.forbidden.take() {
+        Some(sentence) => Err(Error::new(403, sentence)),
+        None => call(node, request, body),
+    };
+    answer.unwrap_or_else(|error| {
         let shown: String = error.sentence.chars().take(MAX_LOGGED).collect();
         request.fields += &format!(" error={shown:?}");
         error.into()
@@ -132,9 +133,9 @@ pub(crate) fn record(request: &Request, status: u16, time: Duration) {
         return;
     }
     let (call, ms) = (request.path(), time.as_millis());
-    // Whoever may not ask has chosen the path freely.
-    metrics::answered(if matches!(status, 403 | 404) { OTHER } else { call }, status, time);
-    if method == "POST" && !matches!(status, 403..=405) {
+    // That path can be anything.
+    metrics::answered(if status == 404 { OTHER } else { call }, status, time);
+    if method == "POST" && !matches!(status, 404 | 405) {
         let action = call.rsplit('/').next().unwrap_or_default();
         info!(target: AUDIT, "audit action={action}{fields} {caller} result={status} ms={ms}");
     }
