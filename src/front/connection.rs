@@ -90,8 +90,7 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
         is_head: false,
     };
     match connection.run() {
-        Ok(true) => connection.leave(),
-        Ok(false) => connection.stream.finish(),
+        Ok(()) => connection.leave(),
         Err(End::Refused(refusal)) => drop(connection.refuse(refusal)),
         Err(End::Gone) => {}
     }
@@ -135,8 +134,8 @@ struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    /// Returns when no further request is to be read: whether the client may send one nevertheless.
-    fn run(&mut self) -> Result<bool, End> {
+    /// Returns when no further request is to be read.
+    fn run(&mut self) -> Result<(), End> {
         if self.generation.is_some() {
             self.enter(Phase::Arriving, IDLE_TIME)?;
         }
@@ -157,10 +156,10 @@ impl Connection<'_> {
             }
             let idle = self.ends.min(Instant::now() + IDLE_TIME);
             if !self.answer(&head, body_deadline)? || self.place.enter(Phase::Idle, idle).is_err() {
-                return Ok(head.keep_alive || !self.buffer.is_empty());
+                break;
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     fn enter(&self, phase: Phase, time: Duration) -> io::Result<()> {
