@@ -69,7 +69,7 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
         let (kind, sentence) = tls::refusal(&error);
         metrics::add("tls_handshakes_failed_total", &[("reason", &kind)], 1.0);
         warn_seldom(&kind, format_args!("refused handshake of {address}: {sentence}"));
-        // The alert that says why is sent already; what the client sends meanwhile must not reset
+        // The alert that says why is sent; what the client sends meanwhile must not reset
         // the connection before it is read.
         return stream.farewell();
     }
@@ -363,7 +363,11 @@ impl Stream<'_> {
     fn shake_hands(&mut self, config: Arc<ServerConfig>) -> io::Result<()> {
         let mut tls = ServerConnection::new(config).map_err(io::Error::other)?;
         while tls.is_handshaking() {
-            tls.complete_io(&mut self.socket)?;
+            if let Err(error) = tls.complete_io(&mut self.socket) {
+                // The alert that says why may stand behind other messages.
+                while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
+                return Err(error);
+            }
         }
         self.tls = Some(tls);
         Ok(())

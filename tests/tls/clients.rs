@@ -87,6 +87,9 @@ fn clients_are_refused_for_a_reason() {
     ] {
         site.refuses(client, &[], sentence);
     }
+    // The alert comes behind the server's first messages.
+    let told = s_client(&site, "-msg -sigalgs ECDSA+SHA256");
+    assert!(told.contains("fatal handshake_failure"), "{told}");
     // `curl` would not use it.
     let weak = "-cert weak.crt -key weak.key -cipher DEFAULT@SECLEVEL=0";
     site.logs("its key is RSA of less than 2048 bits", || drop(s_client(&site, weak)));
