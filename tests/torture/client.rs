@@ -106,10 +106,11 @@ impl Client {
         format!("client {client}{mark}{name}")
     }
 
-    /// Each name is connected to one process, or to two.
-    pub fn sockets(&self, name: usize) -> impl Iterator<Item = usize> + use<> {
-        let first = self.number * NAMES + name;
-        [first, first + 5].into_iter().take(1 + name % 2).map(|socket| socket % SOCKETS)
+    /// Names and the sockets at which they are connected: each at one or two.
+    pub fn connections(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let first = self.number * NAMES;
+        let sockets = move |name| [first + name, first + name + 5].into_iter().take(1 + name % 2);
+        (0..NAMES).flat_map(move |name| sockets(name).map(move |socket| (name, socket % SOCKETS)))
     }
 
     /// Where the daemon is that this client asks.
@@ -125,7 +126,7 @@ impl Client {
             0..30 => self.add(site, peer),
             30..50 => self.remove(site, peer),
             50..62 => self.list(site),
-            62..74 => self.connections(site),
+            62..74 => self.list_connections(site),
             74..80 => self.disconnect(site, name),
             80..90 => {
                 let counts = ["", "?include_client_peer_count=yes"][name % 2];
@@ -187,7 +188,7 @@ impl Client {
     }
 
     /// The OpenVPN clients that are known to be connected are listed, unless their socket has failed.
-    fn connections(&mut self, site: &Site) {
+    fn list_connections(&mut self, site: &Site) {
         let began = Instant::now();
         let request = get("/o/connection_list");
         let Outcome::Done(answer) = self.ask(site, &request, &[200]) else { return };
@@ -200,12 +201,11 @@ impl Client {
         let list = all("connection_list");
         let listed: Vec<_> =
             list.iter().map(|c| (text(&c["common_name"]), text(&c["ip_four"]))).collect();
-        for (name, fact) in self.names.iter().enumerate().filter(|(_, f)| f.doubt.is_none()) {
-            for socket in self.sockets(name).filter(|s| !failed.contains(&socket_name(*s))) {
-                let row = (self.name(name), address(socket));
-                if listed.contains(&row) != fact.is {
-                    site.fail(format!("{row:?} is connected: {}; listed: {}", fact.is, !fact.is));
-                }
+        for (name, socket) in self.connections() {
+            let (row, fact) = ((self.name(name), address(socket)), &self.names[name]);
+            let is_told = fact.doubt.is_none() && !failed.contains(&socket_name(socket));
+            if is_told && listed.contains(&row) != fact.is {
+                site.fail(format!("{row:?} is connected: {}; listed: {}", fact.is, !fact.is));
             }
         }
     }
@@ -312,22 +312,20 @@ impl Client {
     }
 
     /// Sends a request, or what there is of it.
-    pub fn send(&self, site: &Site, request: &str) -> io::Result<Box<dyn Stream>> {
-        let stream = TcpStream::connect_timeout(&site.addresses[self.door()], PORTAL_TIME)?;
+    pub fn send(&self, site: &Site, request: &str) -> io::Result<Box<dyn Read>> {
+        let mut stream = TcpStream::connect_timeout(&site.addresses[self.door()], PORTAL_TIME)?;
         stream.set_read_timeout(Some(2 * PORTAL_TIME))?;
         stream.set_write_timeout(Some(PORTAL_TIME))?;
-        let mut stream: Box<dyn Stream> = match &self.tls {
-            None => Box::new(stream),
-            Some(client) => Box::new(pki::connect(client, stream)?),
+        let Some(client) = &self.tls else {
+            stream.write_all(request.as_bytes())?;
+            return Ok(Box::new(stream));
         };
-        stream.write_all(request.as_bytes())?;
-        stream.flush()?;
-        Ok(stream)
+        let mut tunnel = pki::connect(client, stream)?;
+        tunnel.write_all(request.as_bytes())?;
+        tunnel.flush()?;
+        Ok(Box::new(tunnel))
     }
 }
-
-pub trait Stream: Read + Write {}
-impl<T: Read + Write> Stream for T {}
 
 /// Of the clients of one process.
 pub fn address(socket: usize) -> String {

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+};
 
 use crate::client::{Chance, get};
 use crate::common::wait_until;
@@ -156,6 +158,9 @@ fn break_certificate(site: &Site, chance: &mut Chance) -> String {
 fn stranger(daemon: SocketAddr) -> Option<TcpStream> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let stream = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+    // So that the kernel keeps next to nothing of what it does not read.
+    setsockopt(&stream, sockopt::RcvBuf, &4096).unwrap();
+    setsockopt(&stream, sockopt::TcpMaxSeg, &536).unwrap();
     bind(stream.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 66, 0)).unwrap();
     let SocketAddr::V4(daemon) = daemon else { panic!("{daemon}") };
     let address = SockaddrIn::from(SocketAddrV4::new(*daemon.ip(), daemon.port()));
@@ -173,7 +178,7 @@ fn flood(site: &Site, chance: &mut Chance) -> String {
 }
 
 fn never_read(site: &Site, chance: &mut Chance) -> String {
-    let requests = get("/w/peer_list?show_all=yes").replace("Connection: close\r\n", "").repeat(50);
+    let requests = get("/w/peer_list?show_all=yes").replace("Connection: close\r\n", "").repeat(5);
     let mut crowd = Vec::new();
     for _ in 0..60 + chance.index(60) {
         let [plain, tls] = site.addresses.map(stranger);

@@ -26,7 +26,6 @@ mod site;
 #[allow(dead_code, reason = "only a path is needed")]
 mod vm;
 
-use std::collections::HashSet;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -37,7 +36,7 @@ use serde_json::json;
 use client::{Chance, Client, Fact, Outcome, get, sync};
 use faults::{FAULTS, stop_wireguard};
 use programs::Namespace;
-use site::{Figures, GRACE, PLAIN, Site, TLS, names};
+use site::{Figures, GRACE, PLAIN, Site, TLS};
 
 const CLIENTS: usize = 8;
 /// Between two requests of a client.
@@ -163,11 +162,13 @@ fn look(site: &Site, clients: &[Mutex<Client>], chance: &mut Chance) {
     if !site.wiped() {
         compare(site, &mut clients);
     }
-    for (socket, process) in site.openvpn.lock().unwrap().iter().enumerate() {
-        let connected: HashSet<_> = process.names().into_iter().collect();
-        for (client, name) in names(&clients, socket) {
+    let processes = site.openvpn.lock().unwrap();
+    let connected: Vec<_> = processes.iter().map(|process| process.names()).collect();
+    drop(processes);
+    for client in &clients {
+        for (name, socket) in client.connections() {
             let (fact, name) = (&client.names[name], client.name(name));
-            if fact.doubt.is_none() && connected.contains(&name) != fact.is {
+            if fact.doubt.is_none() && connected[socket].contains(&name) != fact.is {
                 site.fail(format!("socket {socket}: {name:?} is to be connected: {}", fact.is));
             }
         }

@@ -117,13 +117,20 @@ impl Site {
 
     /// Connects the OpenVPN clients of every name.
     pub fn fill(&self, clients: &[MutexGuard<Client>]) {
-        for (socket, process) in self.openvpn.lock().unwrap().iter().enumerate() {
-            let connected = names(clients, socket).map(|(client, name)| {
+        let mut connected = vec![Vec::new(); SOCKETS];
+        for client in clients {
+            for (name, socket) in client.connections() {
                 let (id, address) = (client.number * 100 + name, address(socket));
-                FakeClient::new(&client.name(name), &address, "", id as u64)
-            });
-            process.restart(connected.collect());
+                connected[socket].push(FakeClient::new(
+                    &client.name(name),
+                    &address,
+                    "",
+                    id as u64,
+                ));
+            }
         }
+        let processes = self.openvpn.lock().unwrap();
+        processes.iter().zip(connected).for_each(|(process, clients)| process.restart(clients));
     }
 
     /// Resident memory in KiB, threads and descriptors of both daemons.
@@ -187,17 +194,6 @@ fn directory(sockets: &TempDir) -> [&str; 2] {
 fn start(area: usize, address: &str, device: &str, sockets: &TempDir, pki: &Pki) -> Daemon {
     let arguments = [&["-listen", address, "-wg-device", device], &directory(sockets)[..]].concat();
     if area == TLS { pki.daemon(&arguments) } else { Daemon::start(&arguments) }
-}
-
-/// The clients and their names whose OpenVPN clients are connected to this process.
-pub fn names<'a>(
-    clients: &'a [MutexGuard<Client>],
-    socket: usize,
-) -> impl Iterator<Item = (&'a Client, usize)> {
-    let pairs = clients
-        .iter()
-        .flat_map(|client| (0..client.names.len()).map(move |name| (&**client, name)));
-    pairs.filter(move |(client, name)| client.sockets(*name).any(|at| at == socket))
 }
 
 pub fn socket_name(socket: usize) -> String {
