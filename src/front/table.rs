@@ -425,6 +425,48 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_is_taking_its_answer_goes_last() {
+        let site = Site::new(2);
+        let (reads, silent) = (site.admit(NEAR), site.admit(NEAR));
+        reads.enter(Phase::UnderWay);
+        reads.place.stall(true).unwrap();
+        let newcomer = site.admit(NEAR);
+        assert!(newcomer.place.begin(site.later).unwrap());
+        assert!(silent.is_over_limit() && !reads.has_lost_its_place());
+        // It has taken a piece of its answer, and nobody may have its place.
+        reads.place.stall(false).unwrap();
+        let busy = site.admit(NEAR);
+        busy.enter(Phase::UnderWay);
+        assert!(busy.is_over_limit() && !reads.has_lost_its_place());
+    }
+
+    #[test]
+    fn a_network_is_what_one_client_has_at_hand() {
+        let of = |address: &str| network(address.parse().unwrap()).to_string();
+        for (address, expected) in [
+            ("192.0.2.1", "192.0.2.1"),
+            ("::ffff:192.0.2.1", "192.0.2.1"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+            ("2001:db8:1:3::1", "2001:db8:1:3::"),
+        ] {
+            assert_eq!(of(address), expected);
+        }
+    }
+
+    #[test]
+    fn out_of_resources_the_waiting_go() {
+        let site = Site::new(2);
+        let guests: Vec<_> = (0..4).map(|_| site.admit(NEAR)).collect();
+        guests[1].enter(Phase::UnderWay);
+        guests[2].enter(Phase::UnderWay);
+        assert_eq!(site.table.shed(1), 1);
+        assert!(guests[3].has_lost_its_place(), "over the limit");
+        assert_eq!(site.table.shed(9), 1);
+        assert!(guests[0].has_lost_its_place());
+        assert!(!guests[1].has_lost_its_place() && !guests[2].has_lost_its_place());
+    }
+
+    #[test]
     fn the_largest_crowd_makes_room() {
         let site = Site::new(2);
         let host = |host| Ipv6Addr::new(0x2001, 0xdb8, 0, 0, host, 0, 0, 1);
@@ -525,8 +567,13 @@ mod tests {
         assert!(busy.place.enter(Phase::Idle, site.later).is_err(), "nobody is kept");
         drop((idle, silent));
         site.table.wait_until_empty(Duration::ZERO);
-        drop(busy);
-        site.table.wait_until_empty(Duration::from_secs(3600));
+        thread::scope(|scope| {
+            let table = Arc::clone(&site.table);
+            let waits = scope.spawn(move || table.wait_until_empty(Duration::from_secs(3600)));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            drop(busy);
+        });
         assert!(lock(&site.table.state).slots.is_empty());
     }
 }
