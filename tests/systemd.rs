@@ -84,6 +84,18 @@ fn ready_when_it_answers_reloading_and_stopping() {
     assert_eq!(manager.next_within(Duration::from_millis(1)), None);
 }
 
+/// Nobody there, or no address at all: the daemon serves and says so in the log.
+#[test]
+fn names_that_nobody_is_told_by() {
+    for name in ["/nonexistent/notify", "vsock:2:1"] {
+        let daemon = Daemon::start_with(&[], |command| {
+            command.env("NOTIFY_SOCKET", name);
+        });
+        assert_eq!(daemon.get("/i/node").status, 200);
+        daemon.wait_for_log("WARN");
+    }
+}
+
 /// A thread that does not go on, as after a panic or a deadlock: it is stopped as a debugger would.
 #[test]
 fn a_daemon_with_a_dead_thread_is_not_reported_alive() {
