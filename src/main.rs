@@ -1,4 +1,4 @@
-//! Calls [`vpn_daemon::run`], prints its error and sets the exit status.
+//! The program: [`vpn_daemon::run`] is all of it.
 
 use std::process::ExitCode;
 
