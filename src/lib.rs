@@ -27,6 +27,7 @@ mod oracle;
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
@@ -52,10 +53,10 @@ const DESCRIPTORS_PER_CONNECTION: u64 = 6;
 /// 503, WireGuard, logging.
 const OTHER_DESCRIPTORS: u64 = openvpn::MAX_DESCRIPTORS + front::OVER_LIMIT as u64 + 128;
 
-/// What the daemon tells itself with when its HTTP server has given up.
+/// The daemon sends itself this signal when its HTTP server has given up.
 const GAVE_UP: Signal = Signal::SIGUSR1;
 
-/// For the daemon's first answer, which nobody but itself asks for.
+/// For the answer to the request that the daemon sends itself before it counts as started.
 const FIRST_ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// Runs what the command line asks for; the result is the exit status.
@@ -89,10 +90,12 @@ fn daemon(options: Options) -> ExitCode {
     ExitCode::from(u8::from(result.is_err()))
 }
 
-/// The C library keeps the memory that long lists took, 64 MiB and more of it for each thread, unless it
-/// is told otherwise when the process starts. The unit does.
+/// Starts the program once more with `GLIBC_TUNABLES`, which the C library reads only when a process
+/// starts: without it, the C library keeps the memory that long lists took, 64 MiB and more for each
+/// thread. Under the unit, which sets it, nothing is done here.
 fn start_over() {
-    // The dynamic linker takes the other away from a program with capabilities of its own.
+    // Says that this has been done. The dynamic linker takes GLIBC_TUNABLES away from a program whose
+    // file has capabilities, which would start itself without end.
     const AGAIN: &str = "VPN_DAEMON_AGAIN";
     if ["GLIBC_TUNABLES", AGAIN].iter().all(|name| std::env::var_os(name).is_none())
         && let Ok(program) = std::env::current_exe()
@@ -100,7 +103,7 @@ fn start_over() {
         let mut again = process::Command::new(program);
         again.args(std::env::args_os().skip(1)).env(AGAIN, "yes");
         again.env("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0");
-        // It comes back only where it fails, and then it is this process that goes on.
+        // It returns only when it fails; this process goes on then.
         let _ = again.exec();
     }
 }
@@ -124,24 +127,10 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let tls = cli::credentials_directory().map(|directory| Tls::open(&directory).map(Arc::new));
     let tls = tls.transpose()?;
     let limit = raise_open_files(options.max_connections);
-    let tcp = match systemd::passed_socket()? {
-        Some(passed) => passed,
-        None => front::bind_tcp(&options.listen)?,
-    };
+    let tcp = systemd::passed_socket()?.map_or_else(|| front::bind_tcp(&options.listen), Ok)?;
     let address = tcp.local_addr().map_err(cannot("tell the address"))?;
-    let failed = |error: &io::Error| {
-        error!("the HTTP server does not go on: {error}");
-        // Wakes the `wait` below; signalling oneself cannot fail.
-        let _ = kill(Pid::this(), GAVE_UP);
-    };
-    let parent = runtime_directory();
-    let no_inner = || {
-        let directory = parent.display();
-        cannot(format!("make a socket in {directory} (RUNTIME_DIRECTORY or TMPDIR names another)"))
-    };
-    // Here and not in the threads that use it: it goes however this function ends.
-    let directory = InnerDirectory::below(&parent).map_err(no_inner())?;
-    let (inner, inner_listener) = Inner::open(&directory, failed).map_err(no_inner())?;
+    // The directory stays here and goes to no thread: it is removed however this function ends.
+    let (_directory, (inner, inner_listener)) = open_inner()?;
     let inner_socket = inner.socket.clone();
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
@@ -170,21 +159,20 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     }
     tls.iter().for_each(|tls| tls.log_findings());
     notifier.ready(&status());
-    // A CA that has expired meanwhile is left out then.
+    // Leaves out a CA that has expired meanwhile.
     let daily = tls.clone();
     let daily = move || daily.iter().for_each(|tls| reload(Some(tls), "once a day"));
     systemd::keep(Arc::clone(&notifier), alive, daily)
         .map_err(cannot("start the watchdog's thread"))?;
     let last = loop {
-        match signals.wait() {
-            Ok(Signal::SIGHUP) => {
-                notifier.reloading();
-                reload(tls.as_deref(), "SIGHUP");
-                front_door.close_idle();
-                notifier.ready(&status());
-            }
-            last => break last.unwrap_or(GAVE_UP),
+        let signal = signals.wait().unwrap_or(GAVE_UP);
+        if signal != Signal::SIGHUP {
+            break signal;
         }
+        notifier.reloading();
+        reload(tls.as_deref(), "SIGHUP");
+        front_door.close_idle();
+        notifier.ready(&status());
     };
     info!("{last}: stopping");
     notifier.stopping();
@@ -193,6 +181,23 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
         GAVE_UP => Err("the HTTP server has given up".to_owned()),
         _ => Ok(()),
     }
+}
+
+/// What to do when nothing is left that answers requests.
+fn failed(error: &io::Error) {
+    error!("the HTTP server does not go on: {error}");
+    // Wakes the `wait` in `serve`; signalling oneself cannot fail.
+    let _ = kill(Pid::this(), GAVE_UP);
+}
+
+/// The private directory of the inner socket, and its two ends: the front door's and tiny_http's.
+fn open_inner() -> Result<(InnerDirectory, (Inner, UnixListener)), String> {
+    let parent = runtime_directory();
+    let opened = InnerDirectory::below(&parent)
+        .and_then(|directory| Inner::open(&directory, failed).map(|inner| (directory, inner)));
+    let parent = parent.display();
+    let what = format!("make a socket in {parent} (RUNTIME_DIRECTORY or TMPDIR names another)");
+    opened.map_err(cannot(what))
 }
 
 fn cannot(what: impl Display) -> impl FnOnce(io::Error) -> String {
@@ -216,7 +221,8 @@ fn runtime_directory() -> PathBuf {
     first.filter(|path| !path.as_os_str().is_empty()).unwrap_or_else(std::env::temp_dir)
 }
 
-/// Locks; what a panic left behind is used on. What these locks guard changes in one step.
+/// Locks, also after a panic in a thread that held the lock: what these locks guard changes in one
+/// step and is never left half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -241,7 +247,7 @@ fn raise_open_files(connections: usize) -> usize {
 /// Open files that serving `connections` at a time takes, and how many `allowed` ones suffice for.
 fn open_files(connections: usize, allowed: u64) -> (u64, usize) {
     let needed = connections as u64 * DESCRIPTORS_PER_CONNECTION + OTHER_DESCRIPTORS;
-    // Too few are shared: the connections have a quarter of them at least.
+    // Where there are too few, connections get a quarter of them at least.
     let others = OTHER_DESCRIPTORS.min(allowed / 4 * 3);
     let affordable = usize::try_from((allowed - others) / DESCRIPTORS_PER_CONNECTION);
     (needed, affordable.unwrap_or(usize::MAX).clamp(1, connections))
