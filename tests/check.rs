@@ -144,6 +144,7 @@ fn flags_that_lead_nowhere() {
     let in_use = &format!("cannot listen on {address}: Address already in use");
     let holder = &format!("ss -ltnp 'sport = :{}'", taken.local_addr().unwrap().port());
     let no_process = &format!("{} has no process behind it", stale.socket.display());
+    let refusing = FakeDevice::start("errno=-22\n\n".to_owned());
     for (flag, value, status, seen, remedy) in [
         ("-listen", address.as_str(), PROBLEM, in_use.as_str(), holder.as_str()),
         ("-listen", "192.0.2.1:9", PROBLEM, "cannot listen on 192.0.2.1:9: Cannot", "LISTEN="),
@@ -152,6 +153,7 @@ fn flags_that_lead_nowhere() {
         ("-wg-device", "vd-none", PROBLEM, "vd-none does not exist", "ip link add vd-none type"),
         ("-wg-device", "lo", PROBLEM, "lo is not a WireGuard device", "-wg-device"),
         ("-wg-device", &stale.name, PROBLEM, no_process, "remove the file"),
+        ("-wg-device", &refusing.name, PROBLEM, "refused the request (Invalid", "see its log"),
         ("-openvpn-dir", "/nowhere", WARNING, "/nowhere does not exist", "-openvpn-dir"),
         ("-openvpn-dir", "/dev/null", PROBLEM, "/dev/null", "-openvpn-dir"),
     ] {

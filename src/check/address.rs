@@ -1,5 +1,5 @@
-//! The address: whether the daemon could listen there, and who answers there if not. And TLS: its files,
-//! or that there are none and who can reach the plain port.
+//! The address: whether the daemon could listen there, and who answers there if not. TLS: its files, or
+//! who can reach the port where there are none.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -12,7 +12,7 @@ use crate::cli::ListenAddress;
 use crate::tls::Tls;
 use crate::{front, rfc3339};
 
-/// For each piece of the answer of a daemon that runs.
+/// For each part of the conversation with whoever listens there.
 const TIME: Duration = Duration::from_millis(1500);
 
 /// Any answer to it is far shorter than what is read.
@@ -93,8 +93,8 @@ fn resolve(listen: &ListenAddress) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// What is answered to a request in plain HTTP; `None` where nobody listens. (Every address, to
-/// connect to, is this host.)
+/// What is answered to a request in plain HTTP; `None` where nobody listens. (Connecting to `::` or
+/// `0.0.0.0` leads to this host.)
 fn ask(listen: &ListenAddress) -> Option<String> {
     let addresses = resolve(listen).ok()?;
     let connect = |address: &SocketAddr| TcpStream::connect_timeout(address, TIME).ok();

@@ -14,8 +14,8 @@ use crate::cli::Options;
 use crate::openvpn::{self, OpenVpn};
 use crate::wireguard::{DeviceName, WireGuard};
 
-/// For one greeting. A client of the process that connects may keep it for longer than this, and
-/// is told apart by asking again.
+/// For one greeting. While a VPN client connects, its script may keep the process from answering for
+/// longer than this: then the next check finds it well.
 const TIME: Duration = Duration::from_millis(1500);
 
 /// For the whole list of peers.
@@ -38,7 +38,9 @@ pub(super) fn wireguard(device: &DeviceName) -> Vec<Entry> {
         }
         Err(failure) => {
             let sentence = failure.to_string();
-            let (seen, remedy) = sentence.split_once(": ").unwrap_or((&sentence, "see its log"));
+            // The colon stands before what mends it; a reason stands in parentheses.
+            let mended = sentence.split_once(": ").filter(|(seen, _)| !seen.contains(" ("));
+            let (seen, remedy) = mended.unwrap_or((&sentence, "see its log, or journalctl -k"));
             vec![Entry::problem("WireGuard", seen, remedy)]
         }
     }
@@ -120,6 +122,7 @@ fn probe(socket: &Path) -> Entry {
         },
     }
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

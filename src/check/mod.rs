@@ -67,8 +67,8 @@ impl Entry {
     }
 }
 
-/// Looks at what a daemon with these options and this environment needs, within ten seconds. What
-/// was not `given` is as the service has it.
+/// Looks at what a daemon with these options and this environment needs, within ten seconds. Options
+/// that were not `given` are replaced by those of the service.
 pub(crate) fn run(mut options: Options, given: Given) -> Report {
     type Look = fn(&Options, Option<&Path>) -> Vec<Entry>;
     let looks: [(&str, Look); 5] = [
@@ -89,8 +89,8 @@ pub(crate) fn run(mut options: Options, given: Given) -> Report {
     });
     for (subject, answer) in looks {
         entries.extend(answer.and_then(|answer| answer.wait(end)).unwrap_or_else(|failure| {
-            let hint = "does a name server, a file system or the kernel hang?";
-            vec![Entry::problem(subject, format!("{failure}: {hint}"), "journalctl -k")]
+            let hint = "perhaps a name server, a file system or the kernel hangs";
+            vec![Entry::problem(subject, format!("{failure} ({hint})"), "journalctl -k")]
         }));
     }
     Report(entries)

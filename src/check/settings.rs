@@ -1,5 +1,5 @@
-//! The settings of the service, for what no flag and no variable says: so that the same is checked
-//! that the service uses.
+//! The settings of the service, for what no flag and no variable says: what is checked is what the
+//! service uses.
 
 use std::fmt::Display;
 use std::fs;
@@ -10,7 +10,7 @@ use std::str::FromStr;
 use super::{Entry, Level};
 use crate::cli::{self, Given, Options};
 
-/// `EnvironmentFile=` of the unit: what the second one sets counts.
+/// `EnvironmentFile=` of the unit. Where both set a variable, the second one counts.
 const FILES: [&str; 2] = ["/etc/default/vpn-daemon", "/etc/sysconfig/vpn-daemon"];
 
 /// Where systemd puts the credentials of the service (systemd.exec(5)).
@@ -79,7 +79,8 @@ fn value<'a>(text: &'a str, variable: &str) -> Option<&'a str> {
     Some(quoted('"').or_else(|| quoted('\'')).unwrap_or(value))
 }
 
-/// Those of the environment, else those of the running service where this process may list them.
+/// The credentials directory of the environment, else that of the running service where this process
+/// may list it.
 pub(super) fn credentials() -> (Option<PathBuf>, Option<Entry>) {
     if let Some(directory) = cli::credentials_directory() {
         return (Some(directory), None);

@@ -36,7 +36,7 @@ impl<'a> Kernel<'a> {
     }
 
     fn unusable(&self, reason: &dyn Display) -> Failure {
-        Failure::Failed(format!("WireGuard device {} could not be used: {reason}", self.device))
+        Failure::Failed(format!("WireGuard device {} could not be used ({reason})", self.device))
     }
 }
 
@@ -56,7 +56,7 @@ impl Backend for Kernel<'_> {
             thread::sleep(pause);
         }
         let sentence = format!(
-            "WireGuard device {} could not be read: another program keeps changing it; try again",
+            "WireGuard device {} could not be read since another program keeps changing it: try again",
             self.device
         );
         Err(Failure::Failed(sentence))
@@ -108,6 +108,6 @@ pub(super) fn failure(device: &DeviceName, errno: Errno) -> Failure {
         Errno::EAGAIN => {
             Failure::Timeout(format!("WireGuard device {device} did not answer in time: try again"))
         }
-        errno => Failure::Failed(format!("WireGuard device {device} failed: {}", errno.desc())),
+        errno => Failure::Failed(format!("WireGuard device {device} failed ({})", errno.desc())),
     }
 }

@@ -45,14 +45,14 @@ pub(super) struct Userspace<'a> {
     pub(super) device: &'a DeviceName,
     /// Where it listens.
     pub(super) path: PathBuf,
-    /// Why it is not the kernel that has the device.
+    /// The error with which the kernel refused the device, so that this one is tried.
     pub(super) kernel: Errno,
     pub(super) known: &'a Known,
     pub(super) deadline: Instant,
 }
 
-/// Number and time of the socket's file, since another process makes another, and whether the process
-/// behind it changes peers that exist.
+/// Inode and change time of the socket's file, since another process makes another file; and whether the
+/// process behind it can change a peer that exists.
 pub(super) type Known = Mutex<Option<((u64, i64, i64), bool)>>;
 
 impl Backend for Userspace<'_> {
@@ -200,7 +200,7 @@ impl Userspace<'_> {
             (ConnectionRefused, _) => format!(
                 "WireGuard socket {path} has no process behind it: start the device's process, or remove the file"
             ),
-            _ => format!("WireGuard socket {path} failed: {error}"),
+            _ => format!("WireGuard socket {path} failed ({error})"),
         };
         Failure::Failed(sentence)
     }
@@ -215,13 +215,13 @@ impl Userspace<'_> {
             ParseGetResponseError::ServerError(errno) => {
                 let reason = Errno::from_raw(errno.parse().map_or(0, i32::saturating_abs)).desc();
                 return Failure::Failed(format!(
-                    "WireGuard socket {path} refused the request: {reason}"
+                    "WireGuard socket {path} refused the request ({reason})"
                 ));
             }
             error => error,
         };
         let sentence =
-            format!("WireGuard socket {path} does not speak WireGuard's protocol: {reason}");
+            format!("WireGuard socket {path} does not speak WireGuard's protocol ({reason})");
         Failure::Failed(sentence)
     }
 }
@@ -472,7 +472,7 @@ mod tests {
         for (answer, part) in [
             ("", "ends early"),
             ("errno=0\n", "ends early"),
-            ("errno=-22\n\n", "refused the request: Invalid argument"),
+            ("errno=-22\n\n", "refused the request (Invalid argument)"),
             ("220 ESMTP\r\n\n", "does not speak WireGuard's protocol"),
         ] {
             let asked = process.answers(at_once(&[answer]));
