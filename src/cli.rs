@@ -13,7 +13,7 @@ use crate::wireguard::DeviceName;
 /// The text of `-help`.
 pub const HELP: &str = include_str!("help.txt");
 
-/// Each takes up to three threads, and six descriptors.
+/// Each connection takes up to three threads, and six descriptors.
 const MAX_CONNECTIONS: usize = 65536;
 
 /// What to do.
@@ -23,9 +23,9 @@ pub enum Command {
     Serve(Options),
     /// Look at what the daemon needs and print a report.
     Check {
-        /// Those of the daemon that is to be checked.
+        /// Options of the daemon that is to be checked.
         options: Options,
-        /// What was said by a flag.
+        /// Which of them a flag has set.
         given: Given,
         /// Print JSON instead of text.
         json: bool,
@@ -36,7 +36,7 @@ pub enum Command {
     Version,
 }
 
-/// Flags on the command line, of those that the service takes from a file.
+/// Which of the flags that the service takes from a file stand on the command line.
 #[derive(Debug, PartialEq, Eq, Clone, Copy, Default)]
 pub struct Given {
     /// `-listen`.
@@ -56,7 +56,7 @@ pub struct Options {
     pub openvpn_dir: PathBuf,
     /// Connections served at the same time.
     pub max_connections: usize,
-    /// Names, in lower case, that the header `Host` may have beside those of this host.
+    /// Names, in any case, that the header `Host` may have beside those of this host.
     pub allow_hosts: Vec<String>,
     /// Whether `GET /metrics` is there.
     pub metrics: bool,
