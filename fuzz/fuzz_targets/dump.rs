@@ -85,6 +85,11 @@ fn make(recipe: &mut Unstructured) -> Made<()> {
         pages[page][6] |= 0x10;
     }
     assert_eq!(read(&pages), Some(Report { snapshot, interrupted, complete: true }));
+    spoil(recipe, pages)
+}
+
+/// Changes some bytes of the pages, or leaves out the end of one.
+fn spoil(recipe: &mut Unstructured, mut pages: Vec<Vec<u8>>) -> Made<()> {
     for _ in 0..recipe.int_in_range(0..=3)? {
         let page = recipe.choose_index(pages.len())?;
         let at = recipe.choose_index(pages[page].len())?;

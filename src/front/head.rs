@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_read_in_two_ways_is_refused() {
+    fn a_body_that_can_be_read_in_two_ways_is_refused() {
         let oracle = Oracle::new();
         for (headers, status, word) in [
             ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400, "Transfer-Encoding"),
@@ -403,40 +403,54 @@ mod tests {
             ("Content-Length: 65537", 413, "64 KiB"),
             ("Content_Length: 5", 411, "Content-Length"),
             ("X: y", 411, "Content-Length"),
-            ("Content-Length : 5", 400, "white space"),
-            ("Content-Length\t: 5", 400, "white space"),
-            (" Content-Length: 5", 400, "white space"),
-            ("\tContent-Length: 5", 400, "white space"),
-            ("Content-Length: 5\r\n 0", 400, "folded"),
-            ("X: y\r\n\tTransfer-Encoding: chunked", 400, "folded"),
-            ("X: y\r\n \r\nContent-Length: 5", 400, "folded"),
-            ("Content-Length: 5\nX: y", 400, "LF"),
-            ("X: y\n\nGET /", 400, "LF"),
-            ("X: y\rContent-Length: 5", 400, "CR"),
-            ("X: y\r\r\nContent-Length: 5", 400, "CR"),
-            ("X: \0", 400, "control"),
-            ("Content-Length: 5\0", 400, "control"),
-            ("X: \x0b", 400, "control"),
-            ("X: \x7f", 400, "control"),
-            ("X: \u{85}", 400, "ASCII"),
-            ("Content-Length\u{a0}: 5", 400, "ASCII"),
-            ("X y: 5", 400, "token"),
-            ("X\"y: 5", 400, "token"),
-            (": 5", 400, "token"),
-            ("X", 400, "colon"),
-            ("Host: node", 400, "Host"),
-            ("Content-Type: a/b\r\nContent-type: a/b", 400, "Content-Type"),
-            ("Expect: 200-ok", 400, "Expect"),
-            ("Expect:", 400, "Expect"),
-            ("Upgrade: h2c", 400, "upgrading"),
-            ("Connection: close, UPGRADE", 400, "upgrading"),
-            ("Connection: \t,\tupgrade\t,", 400, "upgrading"),
         ] {
             refused(&oracle, post(headers).as_bytes(), status, word);
         }
         refused(&oracle, get("Content-Length: 5").as_bytes(), 400, "no body");
         refused(&oracle, get("Content-Length: 18446744073709551616").as_bytes(), 400, "no body");
         refused(&oracle, get("Transfer-Encoding: chunked").as_bytes(), 400, "Transfer-Encoding");
+    }
+
+    #[test]
+    fn a_header_line_that_can_be_read_in_two_ways_is_refused() {
+        let oracle = Oracle::new();
+        for (headers, word) in [
+            ("Content-Length : 5", "white space"),
+            ("Content-Length\t: 5", "white space"),
+            (" Content-Length: 5", "white space"),
+            ("\tContent-Length: 5", "white space"),
+            ("Content-Length: 5\r\n 0", "folded"),
+            ("X: y\r\n\tTransfer-Encoding: chunked", "folded"),
+            ("X: y\r\n \r\nContent-Length: 5", "folded"),
+            ("Content-Length: 5\nX: y", "LF"),
+            ("X: y\n\nGET /", "LF"),
+            ("X: y\rContent-Length: 5", "CR"),
+            ("X: y\r\r\nContent-Length: 5", "CR"),
+            ("X: \0", "control"),
+            ("Content-Length: 5\0", "control"),
+            ("X: \x0b", "control"),
+            ("X: \x7f", "control"),
+            ("X: \u{85}", "ASCII"),
+            ("Content-Length\u{a0}: 5", "ASCII"),
+            ("X y: 5", "token"),
+            ("X\"y: 5", "token"),
+            (": 5", "token"),
+            ("X", "colon"),
+            ("Host: node", "Host"),
+            ("Content-Type: a/b\r\nContent-type: a/b", "Content-Type"),
+            ("Expect: 200-ok", "Expect"),
+            ("Expect:", "Expect"),
+            ("Upgrade: h2c", "upgrading"),
+            ("Connection: close, UPGRADE", "upgrading"),
+            ("Connection: \t,\tupgrade\t,", "upgrading"),
+        ] {
+            refused(&oracle, post(headers).as_bytes(), 400, word);
+        }
+    }
+
+    #[test]
+    fn only_sync_peers_has_a_large_body() {
+        let oracle = Oracle::new();
         let sync = "POST /w/sync_peers HTTP/1.1\r\nHost: a\r\nContent-Length: 33554433\r\n\r\n";
         refused(&oracle, sync.as_bytes(), 413, "32 MiB");
         let sync = sync.replace("33554433", "18446744073709551616");

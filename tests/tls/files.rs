@@ -24,14 +24,16 @@ fn refuses(site: &Site, file: &str, make: impl FnOnce(&Path), expected: &str) {
     let _ = fs::rename(&good, &path);
 }
 
+/// A PEM header and end around something else.
+fn wrapped(label: &str) -> String {
+    format!("-----BEGIN {label}-----\nMAMCAQU=\n-----END {label}-----\n")
+}
+
 #[test]
 fn files_that_cannot_be_used() {
     let site = Site::start(Pki::usual());
     let pki = &site.pki;
     let truncated = |file: &str| pki.read(file)[..70].to_string();
-    // A certificate's header and end around something else.
-    let wrapped =
-        |label: &str| format!("-----BEGIN {label}-----\nMAMCAQU=\n-----END {label}-----\n");
     let (ca, server, key) = (pki.read("ca.crt"), pki.read("server.crt"), pki.read("server.key"));
     let encrypted = pki.openssl("pkey -in server.key -aes128 -passout pass:x");
     pki.openssl(&format!("genpkey -out rsa.key -algorithm {RSA}"));
@@ -86,11 +88,17 @@ fn files_that_cannot_be_used() {
         refuses(&site, file, |path| fs::write(path, content).unwrap(), expected);
     }
     site.accepts("portal");
+}
 
-    // Comments, as `openssl x509 -text` writes them, and carriage returns are no harm.
+#[test]
+fn comments_and_carriage_returns_are_no_harm() {
+    let site = Site::start(Pki::usual());
+    let pki = &site.pki;
+    // As `openssl x509 -text` writes them.
     let text = pki.openssl("x509 -in ca.crt -text");
     fs::write(pki.path("text.crt"), format!("# ---- our CA ----\r\n{text}")).unwrap();
-    fs::write(pki.path("server.crt"), server.replace('\n', "\r\n")).unwrap();
+    let server = pki.read("server.crt").replace('\n', "\r\n");
+    fs::write(pki.path("server.crt"), server).unwrap();
     site.uses(&["text"], &["server"]);
     site.accepts("portal");
 }
