@@ -22,8 +22,8 @@ static THREADS: LazyLock<Arc<Threads<Work>>> =
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// What a backend says of its own time-out at the deadline is waited for this much longer: it knows
-/// more.
+/// How much longer than its deadline a caller waits: what the backend itself says of the time-out, at the
+/// deadline, tells more than the caller knows.
 const GRACE: Duration = Duration::from_millis(100);
 
 /// Why a backend did not do what it was asked: a sentence that names the device or socket, what is
@@ -39,7 +39,7 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// Goes on after the sentence.
+    /// Adds `more` to the sentence.
     pub(crate) fn with(mut self, more: &str) -> Self {
         let (Self::Invalid(sentence) | Self::Failed(sentence) | Self::Timeout(sentence)) =
             &mut self;
@@ -68,9 +68,9 @@ struct Queue<L> {
 }
 
 struct Job<L> {
-    /// The latest of its callers': later, nobody waits for it any more.
+    /// The latest deadline of its callers: then nobody waits for it any more.
     deadline: Instant,
-    /// Of a list: those who share it.
+    /// Who shares it, where it is a list.
     callers: Option<Arc<Callers<L>>>,
     work: Box<dyn FnOnce(Instant) + Send>,
 }
@@ -87,7 +87,8 @@ pub(crate) struct Answer<T> {
 impl<L: Clone + Send + 'static> Agent<L> {
     /// It has a thread while it has jobs.
     pub(crate) fn new(name: impl Into<String>) -> Arc<Self> {
-        // Room that is taken later would lie above what a job takes, which could not go back then.
+        // Allocated now: allocated during a job, it would lie above the job's memory on the heap and
+        // keep the C library from giving that back.
         let queue = Mutex::new(Queue { jobs: VecDeque::with_capacity(16), has_thread: false });
         Arc::new(Self { name: name.into(), queue })
     }
@@ -192,7 +193,7 @@ impl<T> Answer<T> {
         let left = (deadline + GRACE).saturating_duration_since(Instant::now());
         let result = self.receiver.recv_timeout(left);
         result.unwrap_or_else(|why| match why {
-            // A job that is late is not begun.
+            // A job that is still queued at its deadline is dropped: a time-out as well.
             why if why == RecvTimeoutError::Timeout || Instant::now() >= deadline => {
                 Err(Failure::Timeout(format!("{} did not answer in time: try again", self.name)))
             }

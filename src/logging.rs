@@ -18,14 +18,14 @@ use crate::{lock, rfc3339};
 /// The target of lines that say who changed what.
 pub(crate) const AUDIT: &str = "vpn_daemon::audit";
 
-/// How long a line of [`AUDIT`] waits for room before it is left out like any other, and with it the
-/// answer to its request; and the end of the process for the last lines.
+/// How long a line of [`AUDIT`], and with it the answer to its request, waits for room in the queue;
+/// then it is left out like any other. The end of the process waits as long for the last lines.
 const PATIENCE: Duration = Duration::from_millis(300);
 /// Bytes of lines that wait to be written.
 const MAX_WAITING: usize = 256 * 1024;
 /// How long [`warn_seldom`] is quiet about what it has just said.
 const QUIET: Duration = Duration::from_secs(1);
-/// Kinds of warnings that are told apart at a time.
+/// Most kinds of warnings that are remembered; of further kinds nothing is logged meanwhile.
 const MAX_KINDS: usize = 64;
 
 /// Starts logging at the level of `RUST_LOG` (default: info).
@@ -38,6 +38,7 @@ pub(crate) fn start() -> io::Result<()> {
     let journal = stderr_is_the_journal();
     let writer = thread::Builder::new().name("log".to_owned()).stack_size(64 * 1024);
     writer.spawn(move || QUEUE.write_to(io::stderr(), journal))?;
+    // env_logger picks the lines; they go to the queue and not to its own target.
     env_logger::Builder::new()
         .filter_level(LevelFilter::Info)
         .parse_default_env()
@@ -77,7 +78,7 @@ struct Lines {
     text: String,
     /// Lines that there was no room for.
     left_out: u64,
-    /// Whether there are any, here or being written.
+    /// Whether there are lines, waiting or being written.
     unwritten: bool,
 }
 

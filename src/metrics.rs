@@ -27,7 +27,7 @@ type Labels<'a> = [(&'static str, &'a str)];
 /// Values by name and labels.
 type Samples = BTreeMap<(&'static str, Vec<(&'static str, String)>), f64>;
 
-/// How many answers of a call took at most the time of each bucket, and all of them together.
+/// How many answers of a call took at most the time of each bucket, and the sum of all their times.
 type Durations = ([f64; BUCKETS.len()], f64);
 
 static SAMPLES: Mutex<Samples> = Mutex::new(Samples::new());
@@ -67,8 +67,8 @@ pub(crate) fn answered(call: &str, status: u16, time: Duration) {
     *sum += time;
 }
 
-/// A list of the device, in the order in which it gave them. The totals grow by what its peers'
-/// counters have grown by.
+/// Takes in a list of the device; to be called in the order in which the device gave its lists. The
+/// totals grow by what the counters of its peers have grown by.
 pub(crate) fn listed(peers: &[Peer], started: Instant) {
     let sum = |bytes: fn(&Peer) -> u64| peers.iter().map(|peer| bytes(peer) as f64).sum();
     let sums = [sum(|peer| peer.rx_bytes), sum(|peer| peer.tx_bytes)];
@@ -92,7 +92,7 @@ pub(crate) fn keep_sockets(sockets: &HashSet<String>) {
     lock(&SAMPLES).retain(|(_, labels), _| labels.iter().all(is_there));
 }
 
-/// The text. Backends are asked until the deadline, each for itself.
+/// The answer to `GET /metrics`. Both backends are asked at once, until the deadline.
 pub(crate) fn text(node: &routes::Node, deadline: Instant) -> String {
     let (openvpn, peers) = routes::both(node, deadline, |deadline| node.openvpn.lists(deadline));
     let (now, mut samples) = (SystemTime::now(), lock(&SAMPLES).clone());

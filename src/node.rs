@@ -20,7 +20,7 @@ pub(crate) fn load_average() -> Vec<u32> {
 }
 
 /// Rounds as the kernel does for `/proc/loadavg` (fs/proc/loadavg.c), from its own unit.
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it is a whole number there
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // times 2048 it is whole, and not negative
 fn hundredths(load: f64) -> u32 {
     let fixed_point = (load * 2048.0) as u64 + 2048 / 200;
     (fixed_point * 100 / 2048) as u32

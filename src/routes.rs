@@ -31,7 +31,7 @@ const FORM: &str = "application/x-www-form-urlencoded";
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The node: what requests are answered from.
+/// What the calls need of the node.
 pub(crate) struct Node {
     pub(crate) wireguard: WireGuard,
     pub(crate) openvpn: Arc<OpenVpn>,
@@ -53,7 +53,7 @@ pub(crate) struct Request {
     pub(crate) content_type: Option<String>,
     /// Bytes of the body; one that is cut short ends early.
     pub(crate) body_length: usize,
-    /// Why it is to be answered with 403, if it is.
+    /// Why the answer is to be 403, where it is.
     pub(crate) forbidden: Option<String>,
     /// Who asks, for the log: `asked_by="COMMON NAME" address=ADDRESS`. Empty: the daemon itself.
     pub(crate) caller: String,
@@ -133,7 +133,7 @@ pub(crate) fn record(request: &Request, status: u16, time: Duration) {
         return;
     }
     let (call, ms) = (request.path(), time.as_millis());
-    // That path can be anything.
+    // An unknown path can be anything, and a label has few values.
     metrics::answered(if status == 404 { OTHER } else { call }, status, time);
     if method == "POST" && !matches!(status, 404 | 405) {
         let action = call.rsplit('/').next().unwrap_or_default();
@@ -171,8 +171,8 @@ fn node_info(node: &Node, request: &mut Request, _: &mut dyn Read) -> Result<Ans
     json(&info)
 }
 
-/// Asks both at once: what one of them takes is not the other's. What is not to be had is no reason
-/// for the call to fail.
+/// Asks both backends at once, each until the deadline. The call does not fail with one of them: what
+/// cannot be had is `None`, and the log says why.
 pub(crate) fn both<A>(
     node: &Node,
     deadline: Instant,
@@ -275,7 +275,7 @@ fn read_list(request: &Request, body: &mut dyn Read, room: &mut Room) -> Result<
         }
         room.taken += count;
         if room.all.fetch_add(count, Ordering::Relaxed) + count > MAX_LISTS {
-            // At once: freeing the text takes a while, in which others would be refused as well.
+            // Given back before the text is freed: that takes a while, and others would be refused.
             *room = Room { all: room.all, taken: 0 };
             return Err(Error::new(503, "too many peer lists are being read; try again"));
         }
@@ -302,7 +302,7 @@ fn disconnect(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result
 }
 
 pub(crate) fn is_online(peer: &wireguard::Peer, now: SystemTime) -> bool {
-    // A handshake in the future is one from before the clock was set back.
+    // A handshake in the future was before the clock was set back: the peer counts as online.
     peer.last_handshake.is_some_and(|seen| now.duration_since(seen).unwrap_or_default() <= ONLINE)
 }
 

@@ -24,7 +24,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::openvpn::OpenVpn;
 use crate::wireguard::DeviceName;
 
-/// For systemd to take a notification.
+/// How long systemd may take for a notification.
 const NOTIFY_TIME: Duration = Duration::from_secs(2);
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -114,7 +114,7 @@ pub(crate) fn keep(
             let started = Instant::now();
             if let Some(period) = period {
                 match alive(period) {
-                    // The inner socket goes away with the last connection.
+                    // A daemon that ends closes the inner socket: that is no failure.
                     _ if notifier.stopping.load(Ordering::Acquire) => return,
                     Ok(()) => notifier.send("WATCHDOG=1"),
                     Err(error) => error!("the watchdog is not fed: {error}"),

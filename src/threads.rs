@@ -51,7 +51,7 @@ impl<J: Send + 'static> Threads<J> {
             state.free += 1;
         }
         state.jobs.push_back(job);
-        // Whoever wakes up finds the lock free.
+        // Unlocked first: the thread that wakes up takes the lock.
         drop(state);
         self.arrived.notify_one();
         Ok(())

@@ -12,8 +12,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-/// Longest socket time-out: the kernel rounds those of some seconds up by a quarter of a second. Less
-/// than a second.
+/// Longest socket time-out: the kernel rounds those of some seconds up by as much as a quarter of a
+/// second. Below a second, since `connect` sets its microseconds alone.
 const SLICE: Duration = Duration::from_millis(500);
 
 /// A connection of which every call ends by `deadline`, with [`ErrorKind::TimedOut`] if need be.

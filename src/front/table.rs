@@ -15,12 +15,13 @@ pub(crate) const OVER_LIMIT: usize = 256;
 /// How long a complete request waits for a place before it is told 503. With what the backends may
 /// take after it, an answer takes less than 3 s.
 const PLACE_TIME: Duration = Duration::from_millis(300);
-/// A client far away stalls for a moment with each piece of its answer, and goes last.
+/// A client that is far away stalls for a moment with each piece of its answer: who has stalled for less
+/// than this is evicted last.
 const STALL_TIME: Duration = Duration::from_secs(1);
 /// How long a connection whose request has not come yet may still send one when the daemon stops: a
 /// handshake on a slow machine takes a second.
 const STOP_GRACE: Duration = Duration::from_secs(3);
-/// For an idle connection that is closed to tell the client so.
+/// How long an idle connection that is closed may take to tell its client so.
 const GOODBYE_TIME: Duration = Duration::from_secs(2);
 
 /// What a connection is doing. When the connection limit is reached, one that is stalled or idle
@@ -82,7 +83,7 @@ impl Slot {
             metrics::add("connections_evicted_total", &[("reason", reason)], 1.0);
         }
         let how = if self.phase == Phase::Idle && !self.closed {
-            // It only reads, and may still say that this is the end.
+            // Its thread waits for a request, and may still tell the client that this is the end.
             self.deadline = Instant::now() + GOODBYE_TIME;
             Shutdown::Read
         } else {

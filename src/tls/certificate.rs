@@ -38,14 +38,14 @@ pub(crate) fn validity(certificate: &CertificateDer) -> Option<Validity> {
     Some(Validity { not_before, not_after: time(not_after) })
 }
 
-/// Times before 1970 do not occur: [`Validity`] has none.
+/// A time of [`Validity`], which has none before 1970.
 pub(super) fn unix_time(time: SystemTime) -> UnixTime {
     let since = time.duration_since(SystemTime::UNIX_EPOCH);
     UnixTime::since_unix_epoch(since.unwrap_or_default())
 }
 
-/// Whether a certificate is a CA's. webpki takes any for one that it is told to trust; used as a
-/// client's, it refuses a CA's.
+/// Whether a certificate is a CA's. webpki does not look at that where it is told to trust one, but it
+/// refuses a CA's certificate as a client's.
 pub(super) fn is_authority(certificate: &EndEntityCert, validity: Validity) -> bool {
     let verdict = as_client(certificate, unix_time(validity.not_after));
     matches!(verdict, Err(Error::CaUsedAsEndEntity))

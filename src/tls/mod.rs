@@ -88,7 +88,7 @@ impl Tls {
         if new.lists.is_empty() && !current.lists.is_empty() {
             log::warn!("ca.crl is not there any more: clients that it revoked are let in again");
         }
-        // Nobody is to connect again for the same files, which are read every day.
+        // The files are read every day: where they are the same, no client has to connect again.
         let files = |of: &Credentials| (of.chain.clone(), of.authorities.clone(), of.lists.clone());
         let is_new = files(&new) != files(&current);
         new.generation = current.generation + u64::from(is_new);
@@ -233,7 +233,7 @@ impl Credentials {
     fn verify_chain(&self, now: SystemTime) -> Result<(), E> {
         let own = EndEntityCert::try_from(&self.chain[0])?;
         let anchors: Vec<_> = self.authorities.iter().map(|one| one.anchor.clone()).collect();
-        // Whether it is valid now is said elsewhere.
+        // `of_validity` says whether it is valid now.
         let time = unix_time(now.min(self.validity.not_after).max(self.validity.not_before));
         let algorithms = self.config.crypto_provider().signature_verification_algorithms.all;
         let usage = KeyUsage::server_auth();

@@ -89,7 +89,7 @@ impl ClientCertVerifier for ClientVerifier {
 }
 
 /// webpki tries every order of the certificates that a client sends, up to 200,000 of them, and a
-/// signature for each: seconds of work. With a name each there is but one order.
+/// signature for each: seconds of work. Where each has a name of its own, there is only one order.
 fn check_effort(end_entity: &CertificateDer, others: &[CertificateDer]) -> Result<(), Error> {
     let count = 1 + others.len();
     let size = end_entity.len() + others.iter().map(|other| other.len()).sum::<usize>();
