@@ -289,14 +289,22 @@ fn quoted(text: &str) -> String {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
+    use std::path::PathBuf;
     use std::thread;
 
-    /// How many clients a list has when the process sends this in pieces of that size, then nothing
-    /// more; or its error.
-    fn talk(received: &[u8], size: usize) -> Result<usize, String> {
-        let name = format!("management-{}-{size}.sock", std::process::id());
+    fn bind(purpose: &str) -> (PathBuf, UnixListener) {
+        let name = format!("{purpose}-{}-{:?}", std::process::id(), thread::current().id());
         let path = std::env::temp_dir().join(name);
-        let listener = UnixListener::bind(&path).unwrap();
+        (path.clone(), UnixListener::bind(path).unwrap())
+    }
+
+    /// What comes of it when the process sends this in pieces of that size, then nothing more.
+    fn talk<T>(
+        received: &[u8],
+        size: usize,
+        ask: impl FnOnce(&Path, Instant) -> io::Result<T>,
+    ) -> Result<T, String> {
+        let (path, listener) = bind("talk");
         thread::scope(|scope| {
             scope.spawn(move || {
                 let mut stream = listener.accept().unwrap().0;
@@ -304,9 +312,9 @@ mod tests {
                 let _ = stream.shutdown(std::net::Shutdown::Write);
                 let _ = stream.read_to_end(&mut Vec::new());
             });
-            let result = list(&path, Instant::now() + Duration::from_secs(60));
+            let result = ask(&path, Instant::now() + Duration::from_secs(60));
             std::fs::remove_file(&path).unwrap();
-            result.map(|clients| clients.len()).map_err(|error| error.to_string())
+            result.map_err(|error| error.to_string())
         })
     }
 
@@ -337,12 +345,68 @@ mod tests {
             (format!("{greeting}>{}", "x".repeat(MAX_LINE)), Err("sent a line of more than 8 KiB")),
         ] {
             for size in [1, 2, 7, 100, 100_000] {
-                match (talk(received.as_bytes(), size), expected) {
+                let list = |path: &_, deadline| list(path, deadline).map(|clients| clients.len());
+                match (talk(received.as_bytes(), size, list), expected) {
                     (Err(error), Err(sentence)) => assert!(error.starts_with(sentence), "{error}"),
                     (result, expected) => assert_eq!(result.ok(), expected.ok(), "{received:?}"),
                 }
             }
         }
+    }
+
+    #[test]
+    fn clients_whose_name_cannot_be_killed() {
+        let report = "HEADER\tCLIENT_LIST\tCommon Name\tVirtual Address\tClient ID\r\n\
+            CLIENT_LIST\ta:b\t10.0.0.1\t1\r\nCLIENT_LIST\ta:b\t\t2\r\nCLIENT_LIST\tb\t\t3\r\nEND";
+        let [done, gone] = ["SUCCESS: killed", "ERROR: client-kill command failed"];
+        for (replies, count, expected) in [
+            ([done, done], 2, Ok(())),
+            ([gone, done], 1, Ok(())),
+            ([done, "ERROR: not now"], 1, Err("refused the command: not now".to_owned())),
+            ([done, ""], 1, Err("sent a reply that was not understood: the line \"\"".to_owned())),
+        ] {
+            let received = [">INFO:", report, replies[0], replies[1], ""].join("\r\n");
+            let killed = AtomicUsize::new(0);
+            let name = "a:b".parse().unwrap();
+            let ask = |path: &_, deadline| disconnect(path, &name, deadline, &killed);
+            assert_eq!(talk(received.as_bytes(), 100_000, ask), expected);
+            assert_eq!(killed.into_inner(), count, "{replies:?}");
+        }
+    }
+
+    #[test]
+    fn a_time_out_says_what_was_waited_for() {
+        let (path, listener) = bind("time-out");
+        let why = || list(&path, Instant::now() + Duration::from_secs(1)).unwrap_err().to_string();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut stream = listener.accept().unwrap().0;
+                stream.write_all(b">INFO:\n").unwrap();
+                stream.read_to_end(&mut Vec::new()).unwrap();
+            });
+            assert_eq!(why(), "the process did not finish its reply");
+        });
+        assert_eq!(why(), "another program holds it, or the process hangs");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn the_connection_that_knocked_is_not_left_dead_in_the_backlog() {
+        let (path, listener) = bind("knock");
+        thread::scope(|scope| {
+            let process = scope.spawn(|| {
+                let [mut first, second] = [(); 2].map(|()| listener.accept().unwrap().0);
+                first.write_all(b">INFO:\nSUCCESS: common name 'a' found, 1 client(s) killed\n")?;
+                first.read_to_end(&mut Vec::new()).map(|_| second)
+            });
+            let (begun, name) = (Instant::now(), "a".parse().unwrap());
+            let deadline = begun + Duration::from_secs(60);
+            disconnect(&path, &name, deadline, &AtomicUsize::new(0)).unwrap();
+            // It knocked after this long, and gave the process as much time to take that.
+            assert!(begun.elapsed() >= 2 * KNOCK_AFTER);
+            process.join().unwrap().unwrap();
+        });
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
@@ -367,6 +431,8 @@ mod tests {
             ),
             ("ERROR: common name 'a' not found", Some(0)),
             ("ERROR: common name ' 'x' not found' not found", Some(0)),
+            ("ERROR: common name 'a' is odd", None),
+            ("ERROR: command 'kill' not found", None),
             ("ERROR: kill parse", None),
             ("ERROR: The 'kill' command is not supported by the current daemon mode", None),
             ("SUCCESS: common name 'a' found, many client(s) killed", None),
