@@ -564,6 +564,20 @@ mod tests {
     }
 
     #[test]
+    fn only_who_has_a_body_to_send_waits_for_100() {
+        for (version, headers, waits) in [
+            ("1.1", "Expect: 100-continue\r\nContent-Length: 1", true),
+            ("1.1", "Expect: 100-continue\r\nContent-Length: 0", false),
+            ("1.1", "Content-Length: 1", false),
+            ("1.0", "Expect: 100-continue\r\nContent-Length: 1", false),
+        ] {
+            let request = post(headers).replace("1.1", version);
+            let head = head::check(request.as_bytes(), 0).unwrap().unwrap();
+            assert_eq!(head.expect_continue, waits, "{request}");
+        }
+    }
+
+    #[test]
     fn browser_pages_are_told_from_programs() {
         let oracle = Oracle::new();
         for (header, name) in [
