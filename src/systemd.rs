@@ -127,8 +127,7 @@ pub(crate) fn keep(
             }
         }
     };
-    thread::Builder::new().name("keeper".to_owned()).stack_size(128 * 1024).spawn(keep)?;
-    Ok(())
+    thread::Builder::new().name("keeper".to_owned()).stack_size(128 * 1024).spawn(keep).map(drop)
 }
 
 /// After how long without a sign of life systemd ends this process; `None`: never.

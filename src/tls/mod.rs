@@ -83,6 +83,9 @@ impl Tls {
     /// # Errors
     /// As [`Tls::open`]; the old credentials stay in force.
     pub(crate) fn reload(&self) -> Result<(), String> {
+        // One at a time, so that what was read last counts: a signal may come while the daily one reads.
+        static ONE: Mutex<()> = Mutex::new(());
+        let _one = lock(&ONE);
         let mut new = Credentials::read(&self.directory)?;
         let mut current = lock(&self.current);
         if new.lists.is_empty() && !current.lists.is_empty() {

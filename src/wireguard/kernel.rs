@@ -55,11 +55,10 @@ impl Backend for Kernel<'_> {
             }
             thread::sleep(pause);
         }
-        let sentence = format!(
+        Err(Failure::Failed(format!(
             "WireGuard device {} could not be read since another program keeps changing it: try again",
             self.device
-        );
-        Err(Failure::Failed(sentence))
+        )))
     }
 
     fn add(&self, key: PublicKey, allowed_ips: &[AllowedIp]) -> Result<(), Failure> {
