@@ -1,9 +1,9 @@
-//! The wire: JSON under the portal's names, and why a call failed.
+//! The JSON of the API, under the portal's names; and of a call that failed, status and sentence.
 
 use std::fmt::Display;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::agent::Failure;
 use crate::wireguard::{AllowedIp, PublicKey, WantedPeer};
@@ -149,20 +149,14 @@ struct SyncBody {
 #[derive(Deserialize)]
 #[serde(expecting = "an object with `public_key` and `ip_net`")]
 struct ListedPeer {
-    public_key: Key,
+    #[serde(deserialize_with = "public_key")]
+    public_key: PublicKey,
     /// Without the room to grow that a `Vec` keeps: there may be a million of these.
     ip_net: Box<[IpNet]>,
 }
 
-#[derive(Deserialize)]
-#[serde(try_from = "String")]
-struct Key(PublicKey);
-
-impl TryFrom<String> for Key {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        checked("public_key", &text).map(Self)
-    }
+fn public_key<'de, D: Deserializer<'de>>(from: D) -> Result<PublicKey, D::Error> {
+    checked("public_key", &String::deserialize(from)?).map_err(serde::de::Error::custom)
 }
 
 #[derive(Deserialize)]
@@ -190,7 +184,7 @@ pub fn read_wanted(body: &[u8]) -> Result<Vec<WantedPeer>, Error> {
     let SyncBody { peer_list } =
         serde_json::from_slice(body).map_err(|error| bad(error.to_string()))?;
     let peers = peer_list.into_iter().map(|ListedPeer { public_key, ip_net }| WantedPeer {
-        public_key: public_key.0,
+        public_key,
         allowed_ips: ip_net.into_iter().map(|IpNet(allowed_ip)| allowed_ip).collect(),
     });
     Ok(peers.collect())

@@ -317,12 +317,10 @@ fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
 
 fn require_type(request: &Request, expected: &str) -> Result<(), Error> {
     let media_type = request.content_type.as_deref().and_then(|value| value.split(';').next());
-    match media_type.is_some_and(|sent| sent.trim().eq_ignore_ascii_case(expected)) {
-        true => Ok(()),
-        false => {
-            Err(Error::new(415, format!("{} takes a body of type {expected}", request.path())))
-        }
+    if !media_type.is_some_and(|sent| sent.trim().eq_ignore_ascii_case(expected)) {
+        return Err(Error::new(415, format!("{} takes a body of type {expected}", request.path())));
     }
+    Ok(())
 }
 
 fn read_form(request: &Request, body: &mut dyn Read) -> Result<Parameters, Error> {
