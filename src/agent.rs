@@ -1,4 +1,4 @@
-//! One thread that alone talks to one backend; its jobs, its callers' deadlines.
+//! One thread that alone talks to one backend, the queue of its jobs, and callers with a deadline each.
 //!
 //! A caller waits for its own deadline and no longer, so that a backend that hangs costs one thread,
 //! whoever and however many ask. Callers who wait for a list that has not begun share it.

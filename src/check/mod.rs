@@ -20,7 +20,7 @@ use crate::node::{MAINTENANCE_FLAG, maintenance_mode};
 /// For everything: what has not come by then is a problem of its own.
 const PATIENCE: Duration = Duration::from_secs(9);
 
-/// What a thing that was looked at is like.
+/// How good or bad what was seen is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Level {

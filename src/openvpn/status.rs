@@ -32,7 +32,7 @@ impl Report {
     /// Takes the next line, without its end. Whether the report is complete.
     ///
     /// # Errors
-    /// Completes "sent …".
+    /// What was wrong with it; completes the sentence "sent a reply that was not understood: …".
     pub fn line(&mut self, line: &str) -> Result<bool, &'static str> {
         if let Some(row) = line.strip_prefix("CLIENT_LIST\t") {
             let columns = self.columns.as_ref();

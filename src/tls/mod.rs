@@ -49,7 +49,7 @@ pub(crate) struct Tls {
     current: Mutex<Credentials>,
 }
 
-/// What fits together in one directory.
+/// The files of one directory, read and found to fit together.
 struct Credentials {
     config: Arc<ServerConfig>,
     authorities: Vec<Authority>,
@@ -99,7 +99,7 @@ impl Tls {
         Ok(())
     }
 
-    /// For the next connection.
+    /// The configuration for the next connection.
     pub(crate) fn config(&self) -> Arc<ServerConfig> {
         Arc::clone(&lock(&self.current).config)
     }

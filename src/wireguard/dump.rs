@@ -78,9 +78,9 @@ pub(super) fn snapshot(device: &DeviceName, deadline: Instant) -> Result<Option<
     Ok(Some(report.snapshot))
 }
 
-/// Public key of the device, if it has one, at the cost of a dump's first page, as small as the kernel
-/// makes it: it fills the second when the first is taken, so that one is only looked into, in a receive
-/// buffer that has no room for more. `ENOENT`: the kernel has no WireGuard module, `ENODEV`: no such
+/// The public key of the device, if it has one. That costs only the first page of a dump, as small as the
+/// kernel makes it: the kernel fills the next page when one is received, so this one is looked at with
+/// `MSG_PEEK`, in a receive buffer that has no room for a second. `ENOENT`: the kernel has no WireGuard module, `ENODEV`: no such
 /// device, `EOPNOTSUPP`: it is not WireGuard, `EPERM`: no privilege.
 pub(super) fn own_key(device: &DeviceName) -> Result<Option<PublicKey>, Errno> {
     let mut dump = Dump::open(SMALL_PAGE)?;
@@ -90,8 +90,8 @@ pub(super) fn own_key(device: &DeviceName) -> Result<Option<PublicKey>, Errno> {
     key.map(|key| array(key).map(PublicKey::from)).transpose()
 }
 
-/// A dump under way, on a socket of its own: what were left of one would be taken for the beginning of
-/// the next.
+/// A dump under way, on a socket of its own: on a shared one, what is left of a dump that was given up would
+/// be taken for the beginning of the next.
 struct Dump {
     socket: OwnedFd,
     buffer: Vec<u8>,

@@ -65,11 +65,10 @@ pub fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
 
 /// Compares what is there with what is wanted, and gives the changes that make the difference good.
 ///
-/// Removals come first, so that what they free can be given away. Further order does not matter: no
-/// two wanted peers have an allowed IP in common, so that a peer that is set takes an allowed IP only
-/// from one that is not to have it. Such a one differs from what is wanted and is set itself, unless
-/// losing that allowed IP made it right. So the changes may also be cut anywhere and the rest be found
-/// by comparing again.
+/// Removals come first, so that the allowed IPs that they free can be given away. The order of the rest does
+/// not matter: no two wanted peers have an allowed IP in common, so that a peer that is set takes one only
+/// from a peer that is not to have it, and that one is set or removed itself. So the changes may be cut
+/// off anywhere: comparing again finds the rest.
 pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, Vec<Change<'a>>) {
     let mut left: HashMap<_, _> = present.iter().map(|peer| (peer.public_key, peer)).collect();
     let mut synced = Synced::default();
