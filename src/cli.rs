@@ -131,9 +131,9 @@ fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
             "allow-host" => {
                 let name: String = checked(&flag, &mut parser)?;
                 if name.is_empty()
-                    || !name.chars().all(|c| c.is_alphanumeric() || "-._".contains(c))
+                    || !name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
                 {
-                    return Err(format!("-allow-host {name}: is not a host name").into());
+                    return Err(format!("-allow-host {name}: is not a host name in ASCII").into());
                 }
                 options.allow_hosts.push(name);
             }
@@ -294,6 +294,8 @@ mod tests {
             ("-max-connections 18446744073709551615", "-max-connections: must be 1 to 65536"),
             ("-max-connections many", "-max-connections many: "),
             ("-allow-host vpn:41194", "-allow-host vpn:41194: is not a host name"),
+            // A header `Host` has it as xn--…
+            ("-allow-host vpn.exämple", "-allow-host vpn.exämple: is not a host name in ASCII"),
             ("-allow-host=", "-allow-host : is not a host name"),
         ] {
             let error = parse_words(line).expect_err(line);
