@@ -238,6 +238,7 @@ mod tests {
             .unwrap();
         let deadline = soon(50);
         let failure = agent.list(deadline, |_| Ok(1)).unwrap().wait(deadline).unwrap_err();
+        assert!(Instant::now() >= deadline + GRACE);
         let sentence = "socket x did not answer in time: try again";
         assert_eq!(failure, Failure::Timeout(sentence.to_owned()));
         assert!(matches!(late.wait(soon(0)), Err(Failure::Timeout(_))));

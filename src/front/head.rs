@@ -401,8 +401,8 @@ mod tests {
             ("Content-Length: 18446744073709551615", 413, "64 KiB"),
             ("Content-Length: 100000000000000", 413, "64 KiB"),
             ("Content-Length: 65537", 413, "64 KiB"),
-            ("Content_Length: 5", 411, "Content-Length"),
-            ("X: y", 411, "Content-Length"),
+            ("Content_Length: 5", 411, "Content-Length is missing"),
+            ("X: y", 411, "Content-Length is missing"),
         ] {
             refused(&oracle, post(headers).as_bytes(), status, word);
         }
