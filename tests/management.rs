@@ -68,6 +68,8 @@ fn lists_clients_with_names_and_addresses() {
         let list = daemon.get("/o/connection_list").json();
         assert_eq!(list, json!({ "connection_list": expected }), "{mood:?}");
     }
+    let log = daemon.log();
+    assert!(!log.iter().any(|line| line.contains("time-out")), "{log:#?}");
 }
 
 #[test]
