@@ -198,6 +198,10 @@ mod tests {
             (vec![], vec![]),
             (vec![Change::Remove(key(1)); 40], vec![16, 16, 8]),
             (vec![Change::Set(key(1), &[]); 250], vec![100, 100, 50]),
+            (
+                [[Change::Remove(key(1)); 2], [Change::Set(key(1), &many[..49]); 2]].concat(),
+                vec![3, 1],
+            ),
             (vec![Change::Set(key(1), &many[..49]); 5], vec![2, 2, 1]),
             (vec![Change::Set(key(1), &many), Change::Set(key(2), &many[..1])], vec![1, 1]),
         ] {
