@@ -213,9 +213,7 @@ impl OpenVpn {
         };
         let asked = sockets.iter().map(&mut agent).collect();
         metrics::keep_sockets(&sockets.iter().map(|socket| file_name(socket)).collect());
-        if agents.len() > sockets.len() {
-            agents.retain(|_, agent| Arc::strong_count(agent) > 1);
-        }
+        agents.retain(|_, agent| Arc::strong_count(agent) > 1);
         asked
     }
 
@@ -325,6 +323,21 @@ impl FromStr for CommonName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn agents_go_with_their_sockets_unless_they_are_in_use() {
+        let openvpn = OpenVpn::new(PathBuf::new());
+        let count = || lock(&openvpn.agents).len();
+        let sockets = ["a", "b"].map(PathBuf::from);
+        let in_use = openvpn.agents(&sockets);
+        for _ in 0..2 {
+            assert!(Arc::ptr_eq(&in_use[1], &openvpn.agents(&sockets[1..])[0]));
+            assert_eq!(count(), 2);
+        }
+        drop(in_use);
+        openvpn.agents(&sockets[1..]);
+        assert_eq!(count(), 1);
+    }
 
     #[test]
     fn common_names() {
