@@ -396,6 +396,25 @@ mod tests {
     }
 
     #[test]
+    fn online_is_who_has_shaken_hands_in_the_last_three_minutes() {
+        let now = SystemTime::now();
+        let mut peer = wireguard::Peer {
+            public_key: [1; 32].into(),
+            allowed_ips: Vec::new(),
+            last_handshake: None,
+            rx_bytes: 0,
+            tx_bytes: 0,
+        };
+        assert!(!is_online(&peer, now));
+        for (seconds, online) in [(-60, true), (0, true), (180, true), (181, false), (9999, false)]
+        {
+            let ago = Duration::from_secs(i64::unsigned_abs(seconds));
+            peer.last_handshake = Some(if seconds < 0 { now + ago } else { now - ago });
+            assert_eq!(is_online(&peer, now), online, "{seconds} s ago");
+        }
+    }
+
+    #[test]
     fn yes_or_no_is_exact() {
         for (query, expected) in [
             ("", Ok(false)),
