@@ -1,11 +1,14 @@
 //! Floods, slow clients, and what they may cost.
 
+use std::fs::Permissions;
 use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::common::{Daemon, wait_until};
+use super::common::{DAEMON, Daemon, TempDir, wait_until};
 use super::{CONNECTIONS, Connection, NODE, Site, names, post, raise_own_open_files};
 
 // How a connection is held open: by what its client has said.
@@ -158,6 +161,31 @@ fn node_is_answered_while_every_backend_hangs() {
     let _busy = fill(&site, 60);
     let time = time_of_a_newcomer(&site);
     assert!(time < Duration::from_secs(1), "{time:?}");
+}
+
+/// As a user whose threads can be limited: root's cannot.
+#[test]
+fn without_threads_backends_are_not_asked_and_node_is_answered() {
+    let inner = TempDir::new("inner");
+    std::fs::set_permissions(inner.path(), Permissions::from_mode(0o777)).unwrap();
+    let as_nobody = |program| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", program]);
+        command
+    };
+    let daemon = Daemon::start_as(as_nobody(DAEMON), &[], |command| {
+        command.env("RUNTIME_DIRECTORY", inner.path());
+    });
+    let mut connection = daemon.connect();
+    assert_eq!(connection.ask(NODE).status, 200);
+    let limit = [format!("--pid={}", daemon.pid()), "--nproc=1:1".to_owned()];
+    assert!(as_nobody("prlimit").args(limit).status().unwrap().success());
+    wait_until("none is left", || !daemon.thread_names().contains(&"request".to_owned()));
+    assert_eq!(connection.ask(NODE).status, 200);
+    let answer = connection.ask(CONNECTIONS);
+    assert_eq!(answer.status, 503);
+    assert_eq!(answer.error(), "the daemon has run out of threads; try again");
+    daemon.wait_for_log("no thread for a request: ");
 }
 
 /// Out of descriptors, under the lowest limit at which the daemon is of use.
