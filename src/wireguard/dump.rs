@@ -325,6 +325,7 @@ fn records<'a, T>(
 mod tests {
     use super::*;
     use nix::sys::socket::{getsockname, sendto};
+    use std::os::unix::fs::FileExt;
 
     fn parse_family(datagram: &[u8]) -> Result<u16, Errno> {
         let family = first(datagram, CTRL_ATTR_FAMILY_ID)?.ok_or(MALFORMED)?;
@@ -354,8 +355,9 @@ mod tests {
         message(FAMILY, flags, &[&[0, 1, 0, 0], attributes.concat().as_slice()].concat())
     }
 
+    /// With both flags that an attribute's type may have.
     fn nested(kind: u16, attributes: &[Vec<u8>]) -> Vec<u8> {
-        attribute(kind | 0x8000, &attributes.concat())
+        attribute(kind | 0xc000, &attributes.concat())
     }
 
     fn allowed_ip(address: &[u8], prefix_len: u8) -> Vec<u8> {
@@ -586,6 +588,22 @@ mod tests {
         assert_eq!((bytes.len() % 4, kind, flags, &body[..4]), (0, FAMILY, 1, &[3, 1, 0, 0][..]));
         let attributes: Vec<_> = attributes(&body[4..]).map(Result::unwrap).collect();
         assert_eq!(attributes, [(2, &b"wg-15-bytes-xyz\0"[..])]);
+    }
+
+    #[test]
+    fn keys_do_not_stay_in_freed_memory() {
+        let mut dump = Dump::open(PAGE).unwrap();
+        dump.buffer.fill(0xee);
+        let middle = dump.buffer[PAGE / 2..].as_ptr().addr() as u64;
+        let memory = std::fs::File::open("/proc/self/mem").unwrap();
+        let read = || {
+            let mut bytes = [0; 32];
+            memory.read_exact_at(&mut bytes, middle).map(|()| bytes)
+        };
+        assert_eq!(read().unwrap(), [0xee; 32]);
+        drop(dump);
+        // It may be used for something else by now, or be nobody's.
+        assert!(!read().is_ok_and(|bytes| bytes == [0xee; 32]));
     }
 
     /// The controller, which every kernel has, answers; a page that does not fit is refused.

@@ -580,6 +580,7 @@ mod tests {
             let mut request = String::new();
             process.listener.accept().unwrap().0.read_to_string(&mut request).unwrap();
             assert_eq!(request.matches("public_key").count(), peers);
+            assert!(request.len() <= PIECE || peers == 1, "{} bytes", request.len());
             let is_whole = request.ends_with("/128\n\n");
             assert!(is_whole || peers == 1 && request.ends_with("/128\n"), "{}", request.len());
             assert!(is_whole || changes[0] == Change::Set([7; 32].into(), &ips));

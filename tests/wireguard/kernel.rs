@@ -132,10 +132,13 @@ impl Dumps {
         std::thread::scope(|scope| {
             let disturber = scope.spawn(disturb);
             while !disturber.is_finished() {
+                let asked = Instant::now();
                 let answer = device.daemon.get("/w/peer_list?show_all=yes");
                 if answer.status != 200 {
                     let why = answer.error();
                     assert!(why.contains("in time") || why.contains("keeps changing"), "{why}");
+                    // The pauses between its tries alone are longer.
+                    assert!(asked.elapsed().as_millis() >= 800, "gave up at once: {why}");
                     self.failed += 1;
                     continue;
                 }
