@@ -100,10 +100,9 @@ impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
             ip_four: &client.ipv4,
             ip_six: &client.ipv6,
         });
-        let failed = listing
-            .failed
-            .iter()
-            .map(|failure| Failed { socket: &failure.socket, error: &failure.error });
+        let failed = listing.failed.iter();
+        let failed =
+            failed.map(|failure| Failed { socket: &failure.socket, error: &failure.error });
         Self { connection_list: connections.collect(), failed: failed.collect() }
     }
 }

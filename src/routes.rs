@@ -240,16 +240,13 @@ fn sync_peers(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result
     let wanted = api::read_wanted(&read_list(request, body, &mut room)?)?;
     let synced = node.wireguard.sync_peers(wanted, dry_run, &request.caller, deadline())?;
     let wireguard::Synced { added, updated, removed, unchanged } = &synced;
-    let [added, updated, removed] = [added.len(), updated.len(), removed.len()];
-    let counts =
-        format!(" added={added} updated={updated} removed={removed} unchanged={unchanged}");
-    request.fields += &counts;
-    let removed: Vec<_> = synced.removed.iter().collect();
+    let [new, set, gone] = [added.len(), updated.len(), removed.len()];
+    request.fields += &format!(" added={new} updated={set} removed={gone} unchanged={unchanged}");
     json(&api::Synced {
-        added: synced.added.iter().map(ToString::to_string).collect(),
-        updated: synced.updated.iter().map(ToString::to_string).collect(),
-        removed: &removed,
-        unchanged: synced.unchanged,
+        added: added.iter().map(ToString::to_string).collect(),
+        updated: updated.iter().map(ToString::to_string).collect(),
+        removed: &removed.iter().collect::<Vec<_>>(),
+        unchanged: *unchanged,
     })
 }
 
@@ -309,10 +306,9 @@ pub(crate) fn is_online(peer: &wireguard::Peer, now: SystemTime) -> bool {
 const NO_CONTENT: Answer = Answer { status: 204, body: Vec::new(), media_type: JSON, allow: None };
 
 fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
-    match serde_json::to_vec(value) {
-        Ok(body) => Ok(Answer { status: 200, body, media_type: JSON, allow: None }),
-        Err(error) => Err(Error::new(500, format!("the answer could not be written: {error}"))),
-    }
+    let body = serde_json::to_vec(value)
+        .map_err(|error| Error::new(500, format!("the answer could not be written: {error}")))?;
+    Ok(Answer { status: 200, body, media_type: JSON, allow: None })
 }
 
 fn require_type(request: &Request, expected: &str) -> Result<(), Error> {

@@ -138,11 +138,7 @@ pub(crate) fn refusal(error: &io::Error) -> (String, String) {
                 }
                 error => &error.to_string(),
             };
-            let debug = format!("{error:?}");
-            (
-                debug.strip_prefix("InvalidCertificate(").unwrap_or(&debug).to_owned(),
-                sentence.to_owned(),
-            )
+            (format!("{error:?}").replacen("InvalidCertificate(", "", 1), sentence.to_owned())
         }
     };
     // The beginning, in which an error says what it is, without what a client can choose.
