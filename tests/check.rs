@@ -173,6 +173,7 @@ fn what_the_service_may_not_use() {
     installation.check(&NOBODY, &[]).names(OK, "management sockets in ", "");
     chmod(&installation.device.socket, 0o700);
     installation.check(&NOBODY, &[]).names(PROBLEM, &installation.device.name, "");
+    installation.check(&[], &[]).names(WARNING, "sock is open to root alone", "chmod 660 ");
 }
 
 #[test]

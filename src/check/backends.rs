@@ -30,6 +30,12 @@ pub(super) fn wireguard(device: &DeviceName) -> Vec<Entry> {
             let plural = if peers.len() == 1 { "" } else { "s" };
             let seen = format!("{device} ({kind}) has {} peer{plural}", peers.len());
             let mut entries = vec![Entry::ok("WireGuard", seen)];
+            let socket = format!("/var/run/wireguard/{device}.sock");
+            if !kernel && only_root_may(0o2, Path::new(&socket)) {
+                let seen = format!("{socket} is open to root alone, and the service is not root");
+                let remedy = format!("chgrp {} {socket} && chmod 660 {socket}", group());
+                entries.push(Entry::warning("WireGuard", seen, remedy));
+            }
             if file("flags").is_ok_and(|flags| !is_up(&flags)) {
                 let seen = format!("{device} is down: no peer can connect");
                 entries.push(Entry::warning("WireGuard", seen, format!("ip link set {device} up")));
@@ -73,7 +79,7 @@ pub(super) fn openvpn(directory: &Path) -> Vec<Entry> {
     };
     let found = format!("management sockets in {shown}: {}", sockets.len());
     let mut entries = vec![Entry::ok("OpenVPN", found)];
-    if geteuid().is_root() && only_root_may_list(directory) {
+    if only_root_may(0o5, directory) {
         let seen = format!("{shown} may be listed by root alone, and the service is not root");
         entries.push(Entry::warning("OpenVPN", seen, open_directory(directory)));
     }
@@ -87,21 +93,27 @@ pub(super) fn openvpn(directory: &Path) -> Vec<Entry> {
     entries
 }
 
-/// Root may do anything, the service only what the directory's mode says.
-fn only_root_may_list(directory: &Path) -> bool {
-    fs::metadata(directory).is_ok_and(|directory| {
-        let (mode, group) = (directory.mode(), directory.gid());
-        mode & 0o005 != 0o005 && (group == 0 || mode & 0o050 != 0o050)
-    })
+/// Whether this process is root, who may do anything, and the file's mode does not give these rights to the
+/// service: as one of its group, or as anybody.
+fn only_root_may(rights: u32, file: &Path) -> bool {
+    let closed = fs::metadata(file).is_ok_and(|file| {
+        let (mode, group) = (file.mode(), file.gid());
+        mode & rights != rights && (group == 0 || mode >> 3 & rights != rights)
+    });
+    closed && geteuid().is_root()
+}
+
+/// The group of the OpenVPN sockets, which the package puts the service into.
+fn group() -> &'static str {
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let fedora = groups.lines().any(|line| line.starts_with("openvpn:"));
+    if fedora { "openvpn" } else { "nogroup" }
 }
 
 /// A tmpfiles.d(5) file, since the directory is made again at every boot.
 fn open_directory(directory: &Path) -> String {
     const FILE: &str = "vpn-daemon-openvpn.conf";
-    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-    let fedora = groups.lines().any(|line| line.starts_with("openvpn:"));
-    let group = if fedora { "openvpn" } else { "nogroup" };
-    let line = format!("z {} 0750 root {group} -", directory.display());
+    let line = format!("z {} 0750 root {} -", directory.display(), group());
     format!("echo '{line}' >/etc/tmpfiles.d/{FILE} && systemd-tmpfiles --create {FILE}")
 }
 
