@@ -80,8 +80,8 @@ pub(super) fn snapshot(device: &DeviceName, deadline: Instant) -> Result<Option<
 
 /// The public key of the device, if it has one. That costs only the first page of a dump, as small as the
 /// kernel makes it: the kernel fills the next page when one is received, so this one is looked at with
-/// `MSG_PEEK`, in a receive buffer that has no room for a second. `ENOENT`: the kernel has no WireGuard module, `ENODEV`: no such
-/// device, `EOPNOTSUPP`: it is not WireGuard, `EPERM`: no privilege.
+/// `MSG_PEEK`, in a receive buffer that has no room for a second. `ENOENT`: the kernel has no WireGuard
+/// module, `ENODEV`: no such device, `EOPNOTSUPP`: it is not WireGuard, `EPERM`: no privilege.
 pub(super) fn own_key(device: &DeviceName) -> Result<Option<PublicKey>, Errno> {
     let mut dump = Dump::open(SMALL_PAGE)?;
     setsockopt(&dump.socket, sockopt::RcvBuf, &0)?;
