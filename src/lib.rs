@@ -28,9 +28,8 @@ mod oracle;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{self, ExitCode};
+use std::process::ExitCode;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -76,7 +75,6 @@ pub fn run() -> ExitCode {
 }
 
 fn daemon(options: Options) -> ExitCode {
-    start_over();
     // Blocked before the first thread is made, so that all of them inherit it: signals come to the
     // `wait` below and interrupt no system call.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, GAVE_UP]);
@@ -88,24 +86,6 @@ fn daemon(options: Options) -> ExitCode {
     let last_words = result.as_ref().err().map(|error| format!("vpn-daemon: {error}\n"));
     logging::finish(&last_words.unwrap_or_default());
     ExitCode::from(u8::from(result.is_err()))
-}
-
-/// Starts the program once more with `GLIBC_TUNABLES`, which the C library reads only when a process
-/// starts: without it, the C library keeps the memory that long lists took, 64 MiB and more for each
-/// thread. Under the unit, which sets it, nothing is done here.
-fn start_over() {
-    // Says that this has been done. The dynamic linker takes GLIBC_TUNABLES away from a program whose
-    // file has capabilities, which would start itself without end.
-    const AGAIN: &str = "VPN_DAEMON_AGAIN";
-    if ["GLIBC_TUNABLES", AGAIN].iter().all(|name| std::env::var_os(name).is_none())
-        && let Ok(program) = std::env::current_exe()
-    {
-        let mut again = process::Command::new(program);
-        again.args(std::env::args_os().skip(1)).env(AGAIN, "yes");
-        again.env("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0");
-        // It returns only when it fails; this process goes on then.
-        let _ = again.exec();
-    }
 }
 
 fn print(text: &str, status: u8) -> ExitCode {

@@ -91,6 +91,9 @@ impl Daemon {
         command.arg(directory.path().join("openvpn")).args(arguments);
         command.env_remove("CREDENTIALS_DIRECTORY").env_remove("RUST_LOG");
         command.env("RUNTIME_DIRECTORY", directory.path());
+        // As the unit does.
+        let tunables = "glibc.malloc.trim_threshold=131072:glibc.malloc.mxfast=0";
+        command.env("GLIBC_TUNABLES", tunables);
         prepare(&mut command);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
