@@ -17,9 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const MOST_SENT: usize = head::MAX_FORM;
 const NEXT: &[u8] = b"GET /next HTTP/1.1\r\nHost: next\r\n\r\n";
 const EXTRA: [(&str, &str); 2] =
-    [(head::CLIENT_ADDRESS, "192.0.2.1:5"), (head::CLIENT_NAME, "100 %\r\nX: ü")];
+    [(head::CONNECTION, "192.0.2.1:5"), (head::CALLER, "100 %\r\nX: ü")];
 const EXTRA_READ: [(&str, &str); 2] =
-    [(head::CLIENT_ADDRESS, "192.0.2.1%3A5"), (head::CLIENT_NAME, "100+%25%0D%0AX%3A+%C3%BC")];
+    [(head::CONNECTION, "192.0.2.1%3A5"), (head::CALLER, "100+%25%0D%0AX%3A+%C3%BC")];
 
 /// A tiny_http server as the daemon has one, on a Unix socket that leaves no file behind.
 pub(crate) struct Oracle {

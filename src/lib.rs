@@ -32,7 +32,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::{error, info, warn};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -43,9 +43,9 @@ use cli::{Command, Options};
 use front::{FrontDoor, Inner, InnerDirectory};
 use tls::Tls;
 
-/// Descriptors of one connection with a request under way: its socket, the connection to
-/// tiny_http, of which tiny_http holds two and the front door one, the OpenVPN directory while it is
-/// read, and the socket of a connection that has lost its place and whose thread has yet to notice.
+/// Descriptors of one connection with a request under way: its socket, a connection to tiny_http
+/// if the body is long, of which tiny_http holds two and the front door one, the OpenVPN directory while
+/// it is read, and the socket of a connection that has lost its place and whose thread has yet to notice.
 const DESCRIPTORS_PER_CONNECTION: u64 = 6;
 
 /// Descriptors for everything else: a conversation with each OpenVPN process, clients that are told
@@ -111,7 +111,6 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     let address = tcp.local_addr().map_err(cannot("tell the address"))?;
     // The directory stays here and goes to no thread: it is removed however this function ends.
     let (_directory, (inner, inner_listener)) = open_inner()?;
-    let inner_socket = inner.socket.clone();
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
     let status = || systemd::status(&url, &options.wg_device, &openvpn);
@@ -122,16 +121,13 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
         lists: AtomicUsize::new(0),
         tls: tls.clone(),
         metrics: options.metrics,
+        waiting: Arc::clone(&inner.waiting),
     };
     metrics::start(limit);
     server::start(inner_listener, node, failed).map_err(cannot("start the HTTP server"))?;
     let front_door = FrontDoor::open(tcp, limit, inner, tls.clone(), options.allow_hosts)
         .map_err(cannot("start the front door"))?;
-    let pulse = front_door.pulse();
-    let alive = move |time| {
-        pulse(Instant::now())?;
-        server::probe(&inner_socket, Instant::now() + time)
-    };
+    let alive = front_door.pulse();
     alive(FIRST_ANSWER_TIME).map_err(cannot("answer a request of its own"))?;
     info!("listening on {url}");
     if tls.is_none() && !address.ip().is_loopback() {

@@ -11,6 +11,7 @@ use log::info;
 
 use crate::agent::Failure;
 use crate::api::{self, Error};
+use crate::front::Waiting;
 use crate::logging::{AUDIT, warn_seldom};
 use crate::metrics::{self, OTHER};
 use crate::node;
@@ -42,6 +43,8 @@ pub(crate) struct Node {
     pub(crate) tls: Option<Arc<Tls>>,
     /// Whether there is the call `/metrics`.
     pub(crate) metrics: bool,
+    /// The clients that wait for an answer.
+    pub(crate) waiting: Arc<Waiting>,
 }
 
 /// A request whose head is complete and checked.

@@ -1,32 +1,37 @@
 //! One connection: handshake, head, body, answer. tiny_http is given what is known to be harmless.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::error;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use rustls::{ServerConfig, ServerConnection};
+use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 
 use super::Door;
 use super::head::{self, Head, Refusal};
+use super::inner::PASS_TIME;
 use super::table::{Phase, Place};
-use crate::api::error_body;
+use crate::api::Error;
 use crate::logging::warn_seldom;
 use crate::metrics::{self, OTHER};
+use crate::routes::Answer;
 use crate::tls::{self, Tls};
+use crate::{lock, unix};
 
 /// For a TLS handshake.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
+pub(super) const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
 /// From the first byte of a head to its end.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// From the end of the head to the end of the body.
 const BODY_TIME: Duration = Duration::from_secs(20);
 /// Without a byte, before and between requests.
-const IDLE_TIME: Duration = Duration::from_secs(60);
+pub(super) const IDLE_TIME: Duration = Duration::from_secs(60);
 /// From the end of the request until the client has taken the whole answer. The daemon has it after
 /// 3 s.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
@@ -39,32 +44,32 @@ const LIFE_TIME: Duration = Duration::from_secs(600);
 /// sends slowly occupies nothing but its own connection.
 const WHOLE_BODY: usize = head::MAX_FORM;
 
+/// tiny_http reads a body up to this size with its head. A longer one would keep the next request on
+/// the same connection waiting until it is answered.
+const SHORT_BODY: usize = 1024;
+/// No answer takes this long: a wait beyond it is a defect, not a slow backend.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 const PIECE: usize = 16 * 1024;
 
 /// Who has come in.
 pub(super) struct Visitor {
-    pub(super) socket: Arc<TcpStream>,
+    pub(super) socket: Socket,
     pub(super) address: SocketAddr,
-    pub(super) place: Place,
     /// When the handshake has to be over, or the first request to begin.
     pub(super) deadline: Instant,
 }
 
-/// By when a new client has to have said something.
-pub(super) fn first_deadline(tls: bool) -> Instant {
-    Instant::now() + if tls { HANDSHAKE_TIME } else { IDLE_TIME }
-}
-
 /// Answers the requests of one client until the connection ends.
-pub(super) fn serve(door: &Door, visitor: &Visitor) {
-    let Visitor { socket, address, place, deadline } = visitor;
-    let mut stream = Stream { socket: Socket { tcp: socket, place, heard: false }, tls: None };
+pub(super) fn serve(door: &Arc<Door>, visitor: Visitor) {
+    let Visitor { socket, address, deadline } = visitor;
+    let mut stream = Stream { socket, tls: None };
     let generation = door.tls.as_deref().map(Tls::generation);
     if let Some(tls) = door.tls.as_deref()
         && let Err(error) = stream.shake_hands(tls.config())
     {
         // A socket that is shut down under the handshake looks like a client that left.
-        let timed_out = Instant::now() >= *deadline;
+        let timed_out = Instant::now() >= deadline;
         let error = if timed_out { io::ErrorKind::TimedOut.into() } else { error };
         let (kind, sentence) = tls::refusal(&error);
         metrics::add("tls_handshakes_failed_total", &[("reason", &kind)], 1.0);
@@ -78,51 +83,45 @@ pub(super) fn serve(door: &Door, visitor: &Visitor) {
     let name = certificate.and_then(tls::certificate::common_name);
     let left =
         validity.map(|of| of.not_after.duration_since(SystemTime::now()).unwrap_or_default());
+    let (back, answered) = mpsc::channel();
     let mut connection = Connection {
-        door,
-        place,
-        address: address.to_string(),
-        name,
+        door: Arc::clone(door),
+        caller: format!("asked_by={:?} address={address}", name.unwrap_or_default()),
         generation,
         ends: Instant::now() + left.unwrap_or(LIFE_TIME).min(LIFE_TIME),
         stream,
         buffer: Vec::new(),
         is_head: false,
+        head: Head::default(),
+        is_kept: true,
+        back,
     };
-    match connection.run() {
-        Ok(()) => connection.leave(),
-        Err(End::Refused(refusal)) => drop(connection.refuse(refusal)),
-        Err(End::Gone) => {}
+    if generation.is_some() && connection.enter(Phase::Arriving, IDLE_TIME).is_err() {
+        return;
+    }
+    while let Some(returned) = connection.ask(&answered) {
+        connection = returned;
     }
 }
 
-/// Why a connection ends before its time.
-enum End {
-    Refused(Refusal),
-    /// The client has gone, was too slow or lost its place to another.
-    Gone,
-}
+/// Why a connection ends: the client is told, or has gone, was too slow or lost its place.
+struct End(Option<Refusal>);
 
 impl From<io::Error> for End {
     fn from(_: io::Error) -> Self {
-        Self::Gone
+        Self(None)
     }
 }
 
-impl From<Refusal> for End {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
-    }
-}
+/// What has to be passed on yet of a request, and where, if it has a connection of its own.
+type Request = (Option<unix::Stream>, Vec<u8>);
 
-struct Connection<'a> {
-    door: &'a Door,
-    place: &'a Place,
-    stream: Stream<'a>,
-    /// The client's address and port.
-    address: String,
-    /// Common name of the client's certificate.
-    name: Option<String>,
+/// A client. The thread that reads its requests has it, and then the one that answers.
+pub(crate) struct Connection {
+    door: Arc<Door>,
+    stream: Stream,
+    /// The client's address, and the common name of its certificate, for the log.
+    caller: String,
     /// Of the credentials by which it has been let in.
     generation: Option<u64>,
     /// When its certificate or its life is over.
@@ -131,39 +130,79 @@ struct Connection<'a> {
     buffer: Vec<u8>,
     /// Whether the request's method is HEAD, whose answer has a length but no body.
     is_head: bool,
+    /// Of the request that is being answered.
+    head: Head,
+    /// Whether another request may follow.
+    is_kept: bool,
+    /// To the thread that reads.
+    back: mpsc::Sender<Self>,
 }
 
-impl Connection<'_> {
-    /// Returns when no further request is to be read.
-    fn run(&mut self) -> Result<(), End> {
-        if self.generation.is_some() {
-            self.enter(Phase::Arriving, IDLE_TIME)?;
+impl Connection {
+    /// Has the next request answered, by another thread. `None` when the connection is over.
+    fn ask(mut self, answered: &mpsc::Receiver<Self>) -> Option<Self> {
+        let (own, rest) = self.read_request().map_err(|end| self.end(end)).ok()?;
+        let (door, id) = (Arc::clone(&self.door), self.place().id);
+        let tcp = Arc::clone(&self.stream.socket.tcp);
+        // What is here already does not wake up who waits for more. Over TLS, bytes behind a long
+        // body may be here as well.
+        let has_more = !self.buffer.is_empty() || own.is_some();
+        // Nothing is to follow: the thread that answers closes the connection.
+        let is_last = !self.head.keep_alive && self.head.content_length == 0;
+        let is_over = is_last && !has_more && self.generation.is_none();
+        lock(&door.inner.waiting).insert(id, self);
+        let passed = match own {
+            Some(mut inner) => inner.write_all(&rest),
+            None => door.inner.pass(&rest),
+        };
+        if let Err(error) = passed {
+            let this = lock(&door.inner.waiting).remove(&id);
+            this?.end(no_server(&error));
+            return None;
         }
-        // Over TLS an error as well: the client has gone silently.
-        while !self.buffer.is_empty() || self.receive(PIECE).is_ok() {
-            let mut head = self.read_head()?;
-            if head.forbidden.is_none() && self.has_foreign_host(&head)? {
-                head.forbidden = Some(FOREIGN_HOST);
-            }
-            let body_deadline = Instant::now() + BODY_TIME;
-            self.read_whole_body(&head, body_deadline)?;
-            if !self.is_current() {
-                break;
-            }
-            if !self.place.begin(Instant::now() + ANSWER_TIME)? {
-                metrics::add("connections_refused_total", &[("reason", "limit")], 1.0);
-                return Err(refusal(503, "the connection limit is reached; try again"));
-            }
-            let idle = self.ends.min(Instant::now() + IDLE_TIME);
-            if !self.answer(&head, body_deadline)? || self.place.enter(Phase::Idle, idle).is_err() {
-                break;
-            }
+        if is_over {
+            return None;
         }
-        Ok(())
+        // Mostly this thread wakes up when the client sends its next request, or leaves.
+        if !has_more {
+            let _ = tcp.peek(&mut [0]);
+        }
+        let returned = answered.recv_timeout(PATIENCE);
+        let mut this = returned.map_err(|_| lock(&door.inner.waiting).remove(&id)).ok()?;
+        if this.is_kept {
+            return Some(this);
+        }
+        this.end(End(None));
+        None
+    }
+
+    /// Reads the next request, and passes on all but the rest of a long one.
+    fn read_request(&mut self) -> Result<Request, End> {
+        if self.buffer.is_empty() {
+            self.receive()?;
+        }
+        let mut head = self.read_head()?;
+        if head.forbidden.is_none() && self.has_foreign_host(&head)? {
+            head.forbidden = Some(FOREIGN_HOST);
+        }
+        let body_deadline = Instant::now() + BODY_TIME;
+        self.read_whole_body(&head, body_deadline)?;
+        if !self.is_current() {
+            return Err(End(None));
+        }
+        if !self.place().begin(Instant::now() + ANSWER_TIME)? {
+            metrics::add("connections_refused_total", &[("reason", "limit")], 1.0);
+            return Err(refusal(503, "the connection limit is reached; try again"));
+        }
+        self.pass_on(head, body_deadline)
+    }
+
+    fn place(&self) -> &Place {
+        &self.stream.socket.place
     }
 
     fn enter(&self, phase: Phase, time: Duration) -> io::Result<()> {
-        self.place.enter(phase, Instant::now() + time)
+        self.place().enter(phase, Instant::now() + time)
     }
 
     /// Whether the credentials in force are those that the client was let in by. Nobody who has
@@ -180,10 +219,10 @@ impl Connection<'_> {
             && self.stream.socket.tcp.local_addr()?.ip().to_canonical().is_loopback())
     }
 
-    /// Appends what has arrived, at most `limit` bytes, to the buffer.
-    fn receive(&mut self, limit: usize) -> io::Result<()> {
+    /// Appends what has arrived to the buffer.
+    fn receive(&mut self) -> io::Result<()> {
         let start = self.buffer.len();
-        self.buffer.resize(start + limit.min(PIECE), 0);
+        self.buffer.resize(start + PIECE, 0);
         let count = self.stream.read(&mut self.buffer[start..]);
         self.buffer.truncate(start + *count.as_ref().unwrap_or(&0));
         if count? == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
@@ -193,13 +232,13 @@ impl Connection<'_> {
         let mut seen = 0;
         loop {
             self.is_head = self.buffer.trim_ascii_start().starts_with(b"HEAD ");
-            match head::check(&self.buffer, seen)? {
+            match head::check(&self.buffer, seen).map_err(|refusal| End(Some(refusal)))? {
                 Some(head) => return Ok(head),
                 None if seen == 0 => self.enter(Phase::Arriving, HEAD_TIME)?,
                 None => {}
             }
             seen = self.buffer.len();
-            self.receive(PIECE)?;
+            self.receive()?;
         }
     }
 
@@ -208,100 +247,126 @@ impl Connection<'_> {
         if self.buffer.len() >= head.length + head.content_length {
             return Ok(());
         }
-        self.place.enter(Phase::Arriving, deadline)?;
+        self.place().enter(Phase::Arriving, deadline)?;
         if head.expect_continue {
             self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
             self.stream.flush()?;
         }
         let wanted = head.length + head.content_length.min(WHOLE_BODY);
         while self.buffer.len() < wanted {
-            self.receive(wanted - self.buffer.len())?;
+            self.receive()?;
         }
         Ok(())
     }
 
-    /// Passes the request on and the answer back. Whether the connection is kept.
-    fn answer(&mut self, head: &Head, body_deadline: Instant) -> Result<bool, End> {
+    fn pass_on(&mut self, head: Head, body_deadline: Instant) -> Result<Request, End> {
         let available = head.content_length.min(self.buffer.len() - head.length);
         let left = (head.content_length - available) as u64;
-        let mut extra = vec![(head::CLIENT_ADDRESS, self.address.as_str())];
-        extra.extend(self.name.as_deref().map(|name| (head::CLIENT_NAME, name)));
+        let id = self.place().id.to_string();
+        let mut extra = vec![(head::CONNECTION, &*id), (head::CALLER, &self.caller)];
         extra.extend(head.forbidden.map(|reason| (head::FORBIDDEN, reason)));
-        let mut request = head.rewritten(&extra);
-        request.extend(self.buffer.drain(..head.length + available).skip(head.length));
-        let mut inner = self.door.inner.take().map_err(|error| {
-            error!("no connection to the HTTP server: {error}");
-            refusal(503, "the daemon has run out of resources; try again")
-        })?;
-        let sent = inner.write_all(&request);
-        drop(request);
-        if sent.is_ok() && left > 0 {
-            self.place.enter(Phase::Arriving, body_deadline)?;
-            if io::copy(&mut (&mut self.stream).take(left), &mut inner)? < left {
-                return Err(End::Gone);
+        let mut rest = head.rewritten(&extra);
+        rest.extend(self.buffer.drain(..head.length + available).skip(head.length));
+        let mut own = None;
+        if head.content_length > SHORT_BODY {
+            let inner = self.door.inner.connect(PASS_TIME).map_err(|error| no_server(&error))?;
+            let inner = own.insert(inner);
+            inner.deadline = body_deadline;
+            if left > 0 {
+                self.place().enter(Phase::Arriving, body_deadline)?;
+                inner.write_all(&rest)?;
+                io::copy(&mut (&mut self.stream).take(left - 1), inner)?;
+                // With its last byte it can be answered: not before this connection waits for that.
+                rest = vec![0];
+                self.stream.read_exact(&mut rest)?;
+                self.enter(Phase::UnderWay, ANSWER_TIME)?;
             }
-            self.enter(Phase::UnderWay, ANSWER_TIME)?;
         }
-        let mut answer = BufReader::with_capacity(4 * PIECE, &inner);
-        let text = sent.and_then(|()| read_lines(&mut answer)).map_err(|error| {
-            error!("the HTTP server gave no answer: {error}");
-            self.door.inner.probe();
-            refusal(500, "internal error; see the log of the daemon")
-        })?;
+        self.head = head;
+        Ok((own, rest))
+    }
+
+    /// Whether the client can take a short answer at once.
+    pub(crate) fn is_ready(&self) -> bool {
+        let mut ready = [PollFd::new(self.stream.socket.tcp.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut ready, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+
+    /// Writes the answer, and returns the connection to the thread that reads. A client that does
+    /// not take it at once is lost, unless there is patience.
+    pub(crate) fn answer(mut self, answer: Answer, patient: bool) {
+        self.stream.socket.patient = patient;
         let in_time = Instant::now() < self.ends;
-        let keep = head.keep_alive && in_time && self.place.is_kept() && self.is_current();
-        let (mut piece, length) = outer_head(&text, head, keep);
-        let length = if self.is_head { 0 } else { length };
-        let first = length.min(4 * PIECE as u64);
-        let mut copied = answer.by_ref().take(first).read_to_end(&mut piece)? as u64;
-        if length > first {
-            self.stream.write_all(&piece)?;
-            piece.clear();
-            copied += io::copy(&mut answer.take(length - first), &mut self.stream)?;
+        self.is_kept =
+            self.head.keep_alive && in_time && self.place().is_kept() && self.is_current();
+        if self.write(answer).is_err() {
+            return;
         }
-        if copied < length {
-            return Err(End::Gone);
+        let idle = self.ends.min(Instant::now() + IDLE_TIME);
+        if !self.is_kept || self.place().enter(Phase::Idle, idle).is_err() {
+            self.is_kept = false;
+            let _ = self.enter(Phase::Arriving, FAREWELL_TIME);
+            self.stream.finish();
         }
-        // Over the last of it the client may take its time.
-        self.door.inner.give_back(inner);
-        self.stream.write_all(&piece)?;
-        self.stream.flush()?;
-        Ok(keep)
+        self.stream.socket.patient = true;
+        let back = self.back.clone();
+        let _ = back.send(self);
     }
 
-    /// Answers with an error and ends the connection; what else the client sends is thrown away.
-    fn refuse(&mut self, Refusal { status, reason }: Refusal) -> io::Result<()> {
-        metrics::add("requests_total", &[("call", OTHER), ("status", &status.to_string())], 1.0);
-        let body = error_body(reason);
-        let phrase = tiny_http::StatusCode(status).default_reason_phrase();
-        let mut answer = format!(
-            "HTTP/1.1 {status} {phrase}\r\nServer: vpn-daemon\r\n\
-             Content-Type: application/json\r\nCache-Control: no-store\r\n\
-             Content-Length: {}\r\nConnection: close\r\n\r\n",
-            body.len()
-        );
-        if !self.is_head {
-            answer.push_str(&body);
+    fn write(&mut self, answer: Answer) -> io::Result<()> {
+        let Answer { status, mut body, media_type, allow } = answer;
+        let mut headers = vec![("Server", "vpn-daemon"), ("Cache-Control", "no-store")];
+        headers.extend((!body.is_empty()).then_some(("Content-Type", media_type)));
+        headers.extend(allow.map(|methods| ("Allow", methods)));
+        // These names and values are ASCII, which is all that a header can be refused for.
+        let header = |(name, value): &(&str, &str)| Header::from_bytes(*name, *value).ok();
+        let headers = headers.iter().filter_map(header).collect();
+        let version = HTTPVersion::from((1, u8::from(!self.head.http10)));
+        let mut text = Vec::with_capacity(4096);
+        Response::new(StatusCode(status), headers, io::empty(), Some(body.len()), None)
+            .with_chunked_threshold(usize::MAX)
+            .raw_print(&mut text, version, &[], true, None)?;
+        // RFC 9110, 8.6: 204 has no length. The connection is the front door's, not tiny_http's.
+        let end = if status == 204 { "Content-Length: 0\r\n\r\n" } else { "\r\n" };
+        text.truncate(text.len() - end.len());
+        text.extend_from_slice(match (self.is_kept, self.head.http10) {
+            (false, _) => b"Connection: close\r\n\r\n".as_slice(),
+            (true, true) => b"Connection: keep-alive\r\n\r\n",
+            (true, false) => b"\r\n",
+        });
+        if self.is_head {
+            body.clear();
         }
-        self.enter(Phase::UnderWay, FAREWELL_TIME)?;
-        self.stream.write_all(answer.as_bytes())?;
-        self.stream.flush()?;
-        self.leave();
-        Ok(())
+        if body.len() <= PIECE {
+            text.append(&mut body);
+        }
+        self.stream.write_all(&text)?;
+        self.stream.write_all(&body)?;
+        self.stream.flush()
     }
 
-    /// Closes the connection once the client has read its answer, or at once where its place is
-    /// lost.
-    fn leave(&mut self) {
-        match self.enter(Phase::Arriving, FAREWELL_TIME) {
-            Ok(()) => self.stream.farewell(),
-            Err(_) => self.stream.finish(),
+    /// Ends the connection once the client has read its last answer; what else it sends is thrown
+    /// away.
+    fn end(&mut self, End(refusal): End) {
+        if let Some(Refusal { status, reason }) = refusal {
+            let labels = [("call", OTHER), ("status", &*status.to_string())];
+            metrics::add("requests_total", &labels, 1.0);
+            self.is_kept = false;
+            let entered = self.enter(Phase::UnderWay, FAREWELL_TIME);
+            let _ = entered.and_then(|()| self.write(Error::new(status, reason).into()));
         }
+        let _ = self.enter(Phase::Arriving, FAREWELL_TIME);
+        self.stream.farewell();
     }
 }
 
 fn refusal(status: u16, reason: &'static str) -> End {
-    End::Refused(Refusal { status, reason })
+    End(Some(Refusal { status, reason }))
+}
+
+fn no_server(error: &io::Error) -> End {
+    error!("the HTTP server takes no request: {error}");
+    refusal(503, "the daemon has run out of resources; try again")
 }
 
 const FOREIGN_HOST: &str = "the header Host is neither localhost nor a loopback address: without \
@@ -318,15 +383,17 @@ fn is_own(host: &str, allowed: &[String]) -> bool {
 }
 
 /// The client's socket. The table hears of its first byte, and when it is not taking its answer.
-struct Socket<'a> {
-    tcp: &'a TcpStream,
-    place: &'a Place,
-    heard: bool,
+pub(super) struct Socket {
+    pub(super) tcp: Arc<TcpStream>,
+    pub(super) place: Place,
+    pub(super) heard: bool,
+    /// Whether to wait for a client that is not taking its answer, or to give it up.
+    pub(super) patient: bool,
 }
 
-impl Read for Socket<'_> {
+impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.tcp.read(buffer)?;
+        let count = (&*self.tcp).read(buffer)?;
         if count > 0 && !std::mem::replace(&mut self.heard, true) {
             self.place.hear()?;
         }
@@ -334,13 +401,13 @@ impl Read for Socket<'_> {
     }
 }
 
-impl Write for Socket<'_> {
+impl Write for Socket {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         match send(self.tcp.as_raw_fd(), buffer, flags) {
-            Err(Errno::EAGAIN) => {
+            Err(Errno::EAGAIN) if self.patient => {
                 self.place.stall(true)?;
-                let written = self.tcp.write(buffer);
+                let written = (&*self.tcp).write(buffer);
                 self.place.stall(false)?;
                 written
             }
@@ -353,13 +420,20 @@ impl Write for Socket<'_> {
     }
 }
 
+impl Drop for Socket {
+    /// Wakes the thread that waits for the next request, where the one that answers gives up.
+    fn drop(&mut self) {
+        let _ = self.tcp.shutdown(Shutdown::Both);
+    }
+}
+
 /// The connection to a client, plain or TLS.
-struct Stream<'a> {
-    socket: Socket<'a>,
+struct Stream {
+    socket: Socket,
     tls: Option<ServerConnection>,
 }
 
-impl Stream<'_> {
+impl Stream {
     fn shake_hands(&mut self, config: Arc<ServerConfig>) -> io::Result<()> {
         let mut tls = ServerConnection::new(config).map_err(io::Error::other)?;
         while tls.is_handshaking() {
@@ -392,7 +466,7 @@ impl Stream<'_> {
     }
 }
 
-impl Read for Stream<'_> {
+impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.tls {
             None => self.socket.read(buffer),
@@ -401,7 +475,7 @@ impl Read for Stream<'_> {
     }
 }
 
-impl Write for Stream<'_> {
+impl Write for Stream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         match &mut self.tls {
             None => self.socket.write(buffer),
@@ -415,38 +489,4 @@ impl Write for Stream<'_> {
             Some(tls) => rustls::Stream::new(tls, &mut self.socket).flush(),
         }
     }
-}
-
-/// The head of tiny_http's answer.
-pub(super) fn read_lines(answer: &mut impl BufRead) -> io::Result<String> {
-    let mut text = String::new();
-    while !text.ends_with("\r\n\r\n") {
-        if answer.read_line(&mut text)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-    }
-    Ok(text)
-}
-
-/// The head as the client gets it, and the length that it tells: 204 has none (RFC 9110, 8.6), and
-/// what becomes of the connection is said where the client would not expect it.
-fn outer_head(text: &str, head: &Head, keep: bool) -> (Vec<u8>, u64) {
-    let mut outer = String::with_capacity(1024);
-    let mut length = 0;
-    for line in text.trim_end().split("\r\n") {
-        if let Some(value) = line.strip_prefix("Content-Length: ") {
-            length = value.parse().unwrap_or(0);
-            if text.contains(" 204 ") {
-                continue;
-            }
-        }
-        outer.push_str(line);
-        outer.push_str("\r\n");
-    }
-    outer.push_str(match (keep, head.http10) {
-        (false, _) => "Connection: close\r\n\r\n",
-        (true, true) => "Connection: keep-alive\r\n\r\n",
-        (true, false) => "\r\n",
-    });
-    (outer.into_bytes(), length)
 }

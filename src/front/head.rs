@@ -17,13 +17,12 @@ pub const MAX_FORM: usize = 64 * 1024;
 pub const MAX_SYNC: usize = 32 * 1024 * 1024;
 /// The one call with a large body.
 pub const SYNC_PEERS: &str = "/w/sync_peers";
-/// Header that tells the handlers the client's address. Only the front door sets it: a client's
-/// headers go no further than [`check`], but for those that it writes anew.
-pub const CLIENT_ADDRESS: &str = "X-Vpn-Daemon-Client";
-/// Header that tells the handlers the common name of the client's certificate; see
-/// [`CLIENT_ADDRESS`].
-pub const CLIENT_NAME: &str = "X-Vpn-Daemon-Client-Name";
-/// Header that tells the handlers to answer 403 with this sentence; see [`CLIENT_ADDRESS`].
+/// Header with the number of the connection that waits for the answer. Only the front door sets it:
+/// a client's headers go no further than [`check`], but for those that it writes anew.
+pub const CONNECTION: &str = "X-Vpn-Daemon-Connection";
+/// Header that tells the handlers who asks, fit for a log; see [`CONNECTION`].
+pub const CALLER: &str = "X-Vpn-Daemon-Caller";
+/// Header that tells the handlers to answer 403 with this sentence; see [`CONNECTION`].
 pub const FORBIDDEN: &str = "X-Vpn-Daemon-Forbidden";
 
 /// Answer with this, then close the connection: where the next request would begin is unknown.
@@ -319,10 +318,10 @@ mod tests {
         assert_eq!(head.content_length, 16);
         assert!(head.keep_alive && head.expect_continue && !head.http10);
         assert_eq!(
-            String::from_utf8(head.rewritten(&[(head::CLIENT_ADDRESS, "192.0.2.1")])).unwrap(),
+            String::from_utf8(head.rewritten(&[(head::CALLER, "192.0.2.1")])).unwrap(),
             "POST /w/add_peer HTTP/1.1\r\nHost: vpn.example.org:41194\r\n\
              Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 16\r\n\
-             X-Vpn-Daemon-Client: 192.0.2.1\r\n\r\n"
+             X-Vpn-Daemon-Caller: 192.0.2.1\r\n\r\n"
         );
 
         let head = passed(&oracle, b"GET /i/node?include_client_peer_count=yes HTTP/1.0\r\n\r\n");
@@ -599,15 +598,15 @@ mod tests {
         let oracle = Oracle::new();
         let head = passed(
             &oracle,
-            get("X-Vpn-Daemon-Client: forged\r\nx-vpn-daemon-client-NAME: forged\r\n\
-                 X_Vpn_Daemon_Client: forged\r\nX-Vpn-Daemon-Client-Name: forged")
+            get("X-Vpn-Daemon-Caller: forged\r\nx-vpn-daemon-CALLER: forged\r\n\
+                 X_Vpn_Daemon_Caller: forged\r\nX-Vpn-Daemon-Connection: 1")
             .as_bytes(),
         );
         // The oracle compares what tiny_http sees; this is for the reader.
-        assert!(!String::from_utf8(head.rewritten(&[])).unwrap().contains("forged"));
-        let name = head.rewritten(&[(head::CLIENT_NAME, "a\r\nContent-Length: 5\r\n\r\n% \0é")]);
+        assert!(!String::from_utf8(head.rewritten(&[])).unwrap().contains("Daemon"));
+        let name = head.rewritten(&[(head::CALLER, "a\r\nContent-Length: 5\r\n\r\n% \0é")]);
         assert!(
-            name.ends_with(b"-Name: a%0D%0AContent-Length%3A+5%0D%0A%0D%0A%25+%00%C3%A9\r\n\r\n")
+            name.ends_with(b"-Caller: a%0D%0AContent-Length%3A+5%0D%0A%0D%0A%25+%00%C3%A9\r\n\r\n")
         );
     }
 

@@ -1,27 +1,20 @@
 //! The way from the front door to tiny_http: a private Unix socket and the connections to it.
 
+use std::collections::HashMap;
 use std::fs;
-use std::io::{self, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::unistd::mkdtemp;
 
-use super::connection::read_lines;
-use crate::lock;
+use super::connection::Connection;
+use crate::{lock, unix};
 
-/// No handler takes this long: a wait beyond it is a defect, not a slow backend.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// For the first answer on a new connection; it needs no backend.
-const PROOF_TIME: Duration = Duration::from_secs(1);
-
-/// Connections kept for the next request once the rush is over.
-const KEPT: usize = 4;
-/// How long the others wait for one.
-const SPARE_TIME: Duration = Duration::from_secs(1);
+/// For tiny_http to take a request.
+pub(super) const PASS_TIME: Duration = Duration::from_secs(2);
 
 /// A directory of mode 0700 for the inner socket; removed when dropped, and the socket with it.
 pub(crate) struct InnerDirectory(PathBuf);
@@ -46,12 +39,17 @@ impl Drop for InnerDirectory {
     }
 }
 
-/// The inner socket and the connections to it that wait for a request.
+/// Clients whose request is with tiny_http, by the number in its header `X-Vpn-Daemon-Connection`. Whoever
+/// has the answer takes them out.
+pub(crate) type Waiting = Mutex<HashMap<u64, Connection>>;
+
+/// The inner socket and the connection to it.
 pub(crate) struct Inner {
     /// Where tiny_http listens.
-    pub(crate) socket: PathBuf,
-    /// The last one that had a request is taken first.
-    idle: Mutex<Vec<(UnixStream, Instant)>>,
+    socket: PathBuf,
+    pub(crate) waiting: Arc<Waiting>,
+    /// For all short requests, one behind the other: tiny_http reads the next one at once.
+    shared: Mutex<Option<unix::Stream>>,
     /// Held while a new connection is proven.
     connecting: Mutex<()>,
     gone: Box<dyn Fn(&io::Error) + Send + Sync>,
@@ -66,7 +64,8 @@ impl Inner {
     ) -> io::Result<(Self, UnixListener)> {
         let inner = Self {
             socket: directory.socket(),
-            idle: Mutex::default(),
+            waiting: Arc::default(),
+            shared: Mutex::default(),
             connecting: Mutex::default(),
             gone: Box::new(gone),
         };
@@ -74,61 +73,45 @@ impl Inner {
         Ok((inner, listener))
     }
 
-    /// A connection without a request under way.
-    pub(super) fn take(&self) -> io::Result<UnixStream> {
-        if let Some((stream, _)) = lock(&self.idle).pop() {
-            return Ok(stream);
-        }
-        // tiny_http counts a thread as free until it has woken up: of connections that come at
-        // once some would wait until another one is closed. So one comes at a time, and is used
-        // when it has been answered once.
+    /// Passes on a request that tiny_http reads at once.
+    pub(super) fn pass(&self, request: &[u8]) -> io::Result<()> {
+        let mut shared = lock(&self.shared);
+        let mut stream = shared.take().map_or_else(|| self.connect(PASS_TIME), Ok)?;
+        stream.deadline = Instant::now() + PASS_TIME;
+        stream.write_all(request)?;
+        *shared = Some(stream);
+        Ok(())
+    }
+
+    /// A connection on which tiny_http has answered, within `time`.
+    pub(super) fn connect(&self, time: Duration) -> io::Result<unix::Stream> {
+        // It counts a thread as free until it has woken up: of connections that come at once some
+        // would wait until another one is closed. So one comes at a time.
         let _one = lock(&self.connecting);
-        let stream = self.prove().or_else(|_| self.prove())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(stream)
+        self.prove(time / 2).or_else(|_| self.prove(time / 2))
     }
 
-    /// A new connection that has a thread at the other end.
-    fn prove(&self) -> io::Result<UnixStream> {
-        let mut stream = self.connect()?;
-        stream.set_read_timeout(Some(PROOF_TIME))?;
-        stream.set_write_timeout(Some(PROOF_TIME))?;
-        stream.write_all(b"HEAD / HTTP/1.1\r\nHost: inner\r\n\r\n")?;
-        read_lines(&mut BufReader::new(&stream))?;
-        Ok(stream)
-    }
-
-    fn connect(&self) -> io::Result<UnixStream> {
-        UnixStream::connect(&self.socket).inspect_err(|error| {
+    fn prove(&self, time: Duration) -> io::Result<unix::Stream> {
+        let stream = unix::Stream::connect(&self.socket, Instant::now() + time);
+        let mut stream = stream.inspect_err(|error| {
             if error.kind() == io::ErrorKind::ConnectionRefused {
                 (self.gone)(error);
             }
-        })
-    }
-
-    /// Finds out whether anybody listens: an answer has not come.
-    pub(super) fn probe(&self) {
-        drop(self.connect());
-    }
-
-    /// Takes back a connection whose answer has been read to its last byte.
-    pub(super) fn give_back(&self, stream: UnixStream) {
-        lock(&self.idle).push((stream, Instant::now()));
-    }
-
-    /// Closes all but a few of the connections that nobody has needed for a while.
-    pub(super) fn trim(&self) {
-        let mut idle = lock(&self.idle);
-        let old = idle.iter().take_while(|(_, used)| used.elapsed() > SPARE_TIME).count();
-        idle.drain(..old.saturating_sub(KEPT));
+        })?;
+        stream.write_all(b"HEAD /i/node HTTP/1.1\r\nHost: inner\r\n\r\n")?;
+        // Nobody reads the rest, or anything else from it.
+        let mut status = [0; 12];
+        stream.read_exact(&mut status)?;
+        match &status == b"HTTP/1.1 200" {
+            true => Ok(stream),
+            false => Err(io::Error::other("the HTTP server fails")),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -139,32 +122,5 @@ mod tests {
         let _inner = Inner::open(&directory, |_| {}).unwrap();
         drop(directory);
         assert!(!path.exists());
-    }
-
-    #[test]
-    fn what_nobody_needed_is_closed() {
-        let directory = InnerDirectory::below(&std::env::temp_dir()).unwrap();
-        let (inner, listener) = Inner::open(&directory, |_| {}).unwrap();
-        let serve = move || {
-            let mut kept = Vec::new();
-            while let Ok((mut stream, _)) = listener.accept() {
-                let _ = stream.read(&mut [0; 64]);
-                let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\n\r\n");
-                kept.push(stream);
-            }
-        };
-        std::thread::spawn(serve);
-        let take = |count| (0..count).map(|_| inner.take().unwrap()).collect::<Vec<_>>();
-        take(20).into_iter().for_each(|stream| inner.give_back(stream));
-        inner.trim();
-        assert_eq!(lock(&inner.idle).len(), 20, "all were needed a moment ago");
-        let held = take(6);
-        std::thread::sleep(SPARE_TIME);
-        held.into_iter().for_each(|stream| inner.give_back(stream));
-        inner.trim();
-        assert_eq!(lock(&inner.idle).len(), KEPT + 6);
-        std::thread::sleep(SPARE_TIME);
-        inner.trim();
-        assert_eq!(lock(&inner.idle).len(), KEPT);
     }
 }

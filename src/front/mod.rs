@@ -21,8 +21,9 @@ use nix::sys::socket::{
     sockopt,
 };
 
-use connection::Visitor;
-pub(crate) use inner::{Inner, InnerDirectory};
+pub(crate) use connection::Connection;
+use connection::{HANDSHAKE_TIME, IDLE_TIME, Socket, Visitor};
+pub(crate) use inner::{Inner, InnerDirectory, Waiting};
 pub(crate) use table::OVER_LIMIT;
 use table::Table;
 
@@ -137,17 +138,12 @@ impl FrontDoor {
         self.door.table.close_idle();
     }
 
-    /// What says whether the threads are alive on which all connections depend.
-    pub(crate) fn pulse(&self) -> impl Fn(Instant) -> io::Result<()> + Send + Sync + use<> {
+    /// What says within a given time whether requests are answered.
+    pub(crate) fn pulse(&self) -> impl Fn(Duration) -> io::Result<()> + Send + use<> {
         let door = Arc::clone(&self.door);
-        move |now| {
-            for (beat, what) in [(&door.accepting, "accepts"), (&door.watching, "closes late")] {
-                if now.saturating_duration_since(*lock(beat)) > DEAD_TIME {
-                    let sentence = format!("the thread that {what} connections is dead");
-                    return Err(io::Error::other(sentence));
-                }
-            }
-            Ok(())
+        move |time| {
+            door.check_threads(Instant::now())?;
+            door.inner.connect(time).map(drop)
         }
     }
 
@@ -162,18 +158,29 @@ impl FrontDoor {
 }
 
 impl Door {
+    /// Whether the threads are alive on which all connections depend.
+    fn check_threads(&self, now: Instant) -> io::Result<()> {
+        for (beat, what) in [(&self.accepting, "accepts"), (&self.watching, "closes late")] {
+            if now.saturating_duration_since(*lock(beat)) > DEAD_TIME {
+                return Err(io::Error::other(format!(
+                    "the thread that {what} connections is dead"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     fn watch(&self) -> ! {
         loop {
             thread::sleep(TICK);
             *lock(&self.watching) = Instant::now();
             self.table.close_late(Instant::now());
-            self.inner.trim();
         }
     }
 
     fn accept(self: &Arc<Self>, listener: &TcpListener, stopped: &UnixStream) {
         let door = Arc::clone(self);
-        let threads = Threads::new("connection", move |visitor| connection::serve(&door, &visitor));
+        let threads = Threads::new("connection", move |visitor| connection::serve(&door, visitor));
         loop {
             *lock(&self.accepting) = Instant::now();
             let mut ready = [
@@ -203,18 +210,20 @@ impl Door {
 
     fn admit(&self, threads: &Arc<Threads<Visitor>>, socket: TcpStream, address: SocketAddr) {
         // Accepted sockets do not inherit O_NONBLOCK on Linux.
-        let socket = Arc::new(socket);
+        let tcp = Arc::new(socket);
         // An IPv4 client on a socket for both families shows as `::ffff:192.0.2.1`.
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        let deadline = connection::first_deadline(self.tls.is_some());
-        let Some(place) = self.table.admit(Arc::clone(&socket), address.ip(), deadline) else {
+        let time = if self.tls.is_some() { HANDSHAKE_TIME } else { IDLE_TIME };
+        let deadline = Instant::now() + time;
+        let Some(place) = self.table.admit(Arc::clone(&tcp), address.ip(), deadline) else {
             metrics::add("connections_refused_total", &[("reason", "crowded")], 1.0);
             return warn_seldom(
                 "crowd",
                 format_args!("too many connections: closed one of {}", address.ip()),
             );
         };
-        if let Err((_visitor, error)) = threads.run(Visitor { socket, address, place, deadline }) {
+        let socket = Socket { tcp, place, heard: false, patient: true };
+        if let Err((_visitor, error)) = threads.run(Visitor { socket, address, deadline }) {
             metrics::add("connections_refused_total", &[("reason", "threads")], 1.0);
             self.relieve("no thread for a connection", &error);
         }
@@ -223,7 +232,6 @@ impl Door {
     /// The process has run out of descriptors, threads or memory: closes what is only waiting.
     fn relieve(&self, what: &str, error: &io::Error) {
         let shed = self.table.shed(SHED);
-        self.inner.trim();
         warn_seldom(what, format_args!("{what}: {error}; closed {shed} that were waiting"));
     }
 }
@@ -238,16 +246,16 @@ mod tests {
         let (inner, _listener) = Inner::open(&directory, |_| {}).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let front_door = FrontDoor::open(listener, 1, inner, None, Vec::new()).unwrap();
-        let pulse = front_door.pulse();
+        let door = front_door.door;
         let nearly_dead =
             || Instant::now() + DEAD_TIME - Duration::from_millis(2 * u64::from(ROUND));
         // Both come round by themselves.
         thread::sleep(Duration::from_millis(3 * u64::from(ROUND)));
-        pulse(nearly_dead()).unwrap();
+        door.check_threads(nearly_dead()).unwrap();
         drop(front_door.stop);
         front_door.accepting.join().unwrap();
         thread::sleep(Duration::from_millis(3 * u64::from(ROUND)));
-        let error = pulse(nearly_dead()).unwrap_err();
+        let error = door.check_threads(nearly_dead()).unwrap_err();
         assert_eq!(error.to_string(), "the thread that accepts connections is dead");
     }
 }

@@ -225,7 +225,8 @@ fn network(address: IpAddr) -> IpAddr {
 /// The place of one connection in the table; given back when dropped.
 pub(super) struct Place {
     table: Arc<Table>,
-    id: u64,
+    /// No other connection has had it.
+    pub(super) id: u64,
 }
 
 impl Place {

@@ -118,7 +118,7 @@ fn a_daemon_without_its_http_server_ends() {
 #[test]
 fn forged_names_are_not_believed() {
     for site in Site::both(&[]) {
-        let forged = "X-Vpn-Daemon-Client: 192.0.2.66:666\r\nx-vpn-daemon-client-name: mallory\r\n\
+        let forged = "X-Vpn-Daemon-Caller: mallory\r\nx-vpn-daemon-connection: 0\r\n\
                       X-Forwarded-For: 192.0.2.66\r\nForwarded: for=192.0.2.66";
         let mut connection = site.connect();
         let own = connection.socket().local_addr().unwrap();
