@@ -303,7 +303,10 @@ fn malformed(what: &str) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{setsockopt, sockopt};
+    use nix::sys::time::{TimeVal, TimeValLike};
     use std::os::unix::net::UnixListener;
+    use std::path::Path;
     use std::thread::{self, JoinHandle};
 
     const KEYS: [&str; 3] = [
@@ -422,8 +425,15 @@ mod tests {
     impl Process {
         fn new(name: &str) -> Self {
             let path = std::env::temp_dir().join(format!("wg-{}-{name}.sock", std::process::id()));
-            let listener = UnixListener::bind(&path).unwrap();
+            let listener = Self::bind(&path);
             Self { path, device: "wg0".parse().unwrap(), known: Known::default(), listener }
+        }
+
+        /// Does not wait for ever for a request that does not come.
+        fn bind(path: &Path) -> UnixListener {
+            let listener = UnixListener::bind(path).unwrap();
+            setsockopt(&listener, sockopt::ReceiveTimeout, &TimeVal::seconds(20)).unwrap();
+            listener
         }
 
         fn answers(&self, answers: Vec<(String, Duration)>) -> JoinHandle<Vec<String>> {
@@ -516,7 +526,7 @@ mod tests {
 
         // boringtun at the same place: what is there already is left alone, what differs is replaced.
         fs::remove_file(&process.path).unwrap();
-        process.listener = UnixListener::bind(&process.path).unwrap();
+        process.listener = Process::bind(&process.path);
         let [own, key_text] = ["01", "02"].map(|byte| byte.repeat(32));
         let list =
             |ip| format!("own_public_key={own}\npublic_key={key_text}\nallowed_ip={ip}/32\n{ok}");
