@@ -70,7 +70,7 @@ fn connection(http: &Request) -> Option<u64> {
 }
 
 fn view(http: &Request) -> routes::Request {
-    // As the front door has written it: a form with one name.
+    // The front door encodes these values as in a form.
     let own = |name| {
         let value = header(http, name)?.as_bytes();
         form_urlencoded::parse(value).next().map(|(value, _)| value.into_owned())
@@ -113,7 +113,8 @@ fn send(http: Request, answer: Answer, node: &Node, patient: bool) {
     drop(http.into_writer());
     let client = lock(&node.waiting).remove(&id);
     if let Some(client) = client {
-        client.answer(answer, patient);
+        // The panic is in the log; it ends this connection, not the thread that all others need.
+        let _ = catch_unwind(AssertUnwindSafe(|| client.answer(answer, patient)));
     }
 }
 

@@ -114,7 +114,7 @@ impl From<io::Error> for End {
 }
 
 /// What has to be passed on yet of a request, and where, if it has a connection of its own.
-type Request = (Option<unix::Stream>, Vec<u8>);
+type Rest = (Option<unix::Stream>, Vec<u8>);
 
 /// A client. The thread that reads its requests has it, and then the one that answers.
 pub(crate) struct Connection {
@@ -177,7 +177,7 @@ impl Connection {
     }
 
     /// Reads the next request, and passes on all but the rest of a long one.
-    fn read_request(&mut self) -> Result<Request, End> {
+    fn read_request(&mut self) -> Result<Rest, End> {
         if self.buffer.is_empty() {
             self.receive()?;
         }
@@ -259,7 +259,7 @@ impl Connection {
         Ok(())
     }
 
-    fn pass_on(&mut self, head: Head, body_deadline: Instant) -> Result<Request, End> {
+    fn pass_on(&mut self, head: Head, body_deadline: Instant) -> Result<Rest, End> {
         let available = head.content_length.min(self.buffer.len() - head.length);
         let left = (head.content_length - available) as u64;
         let id = self.place().id.to_string();
