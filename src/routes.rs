@@ -413,6 +413,39 @@ mod tests {
         }
     }
 
+    fn request(body_length: usize) -> Request {
+        Request {
+            method: "POST".to_owned(),
+            target: "/x".to_owned(),
+            content_type: Some(FORM.to_owned()),
+            body_length,
+            forbidden: None,
+            caller: String::new(),
+            fields: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_body_that_is_cut_short_is_none() {
+        let mut room = Room { all: &AtomicUsize::new(0), taken: 0 };
+        for (sent, whole) in [("a=1", true), ("a=", false), ("", false)] {
+            assert_eq!(read_form(&request(3), &mut sent.as_bytes()).is_ok(), whole, "{sent}");
+            let list = read_list(&request(3), &mut sent.as_bytes(), &mut room);
+            assert_eq!(list.is_ok(), whole, "{sent}");
+        }
+    }
+
+    #[test]
+    fn two_of_the_longest_lists_have_room() {
+        let all = AtomicUsize::new(MAX_LISTS - 3);
+        for (body, status) in [("123", None), ("1234", Some(503)), ("123", None)] {
+            let mut room = Room { all: &all, taken: 0 };
+            let list = read_list(&request(body.len()), &mut body.as_bytes(), &mut room);
+            assert_eq!(list.err().map(|error| error.status), status, "{body}");
+        }
+        assert_eq!(all.into_inner(), MAX_LISTS - 3);
+    }
+
     #[test]
     fn yes_or_no_is_exact() {
         for (query, expected) in [
