@@ -204,6 +204,14 @@ fn permissions() {
     }
     set_mode(directory.path(), 0o755);
     assert_eq!(list(&daemon), (3, vec![]));
+    // Nor is a link passed over because nobody may see where it leads.
+    let elsewhere = TempDir::new("sockets");
+    symlink(elsewhere.join("s"), directory.join("link")).unwrap();
+    assert_eq!(list(&daemon), (3, vec![]));
+    set_mode(elsewhere.path(), 0o700);
+    let (listed, failed) = list(&daemon);
+    assert_eq!((listed, failed.len(), &*failed[0].0), (3, 1, "link"));
+    assert!(failed[0].1.starts_with("may not be used by the daemon: permission denied"));
 }
 
 /// The reserve of descriptors is what 1,024 sockets at their worst take: connected, and knocked at.
