@@ -443,6 +443,29 @@ mod tests {
     }
 
     #[test]
+    fn who_sends_a_byte_at_a_time_has_waited_from_the_first() {
+        let site = Site::new(2);
+        let guests = [site.admit(NEAR), site.admit(NEAR)];
+        for speaks in [0, 1, 0] {
+            guests[speaks].place.hear().unwrap();
+        }
+        assert!(site.admit(NEAR).place.begin(site.later).unwrap());
+        assert!(guests[0].is_over_limit() && !guests[1].is_over_limit());
+    }
+
+    #[test]
+    fn while_a_place_is_free_nobody_makes_room() {
+        let site = Site::new(2);
+        let (busy, silent) = (site.admit(NEAR), site.admit(NEAR));
+        busy.enter(Phase::UnderWay);
+        let newcomer = site.admit(NEAR);
+        assert!(newcomer.is_over_limit());
+        drop(busy);
+        assert!(newcomer.place.begin(site.later).unwrap());
+        assert!(!silent.is_over_limit());
+    }
+
+    #[test]
     fn a_network_is_what_one_client_has_at_hand() {
         let of = |address: &str| network(address.parse().unwrap()).to_string();
         for (address, expected) in [
@@ -520,6 +543,7 @@ mod tests {
                 thread::yield_now();
             }
             assert!(!only.place.is_kept());
+            assert!(site.admit(NEAR).is_over_limit(), "the next place is not for newcomers");
             assert!(only.place.enter(Phase::Idle, site.later).is_err(), "another one needs it");
             assert!(waits.join().unwrap().unwrap());
         });
@@ -559,7 +583,9 @@ mod tests {
         let (idle, busy, silent) = (site.admit(NEAR), site.admit(NEAR), site.admit(NEAR));
         idle.enter(Phase::Idle);
         busy.enter(Phase::UnderWay);
+        let now = Instant::now();
         site.table.begin_stop();
+        site.table.close_late(now);
         assert!(idle.has_lost_its_place() && !idle.is_closed());
         assert!(!silent.has_lost_its_place(), "it may be about to ask");
         site.table.close_late(Instant::now() + STOP_GRACE);

@@ -153,7 +153,8 @@ fn a_reload_ends_the_connections_of_before() {
     let answer = busy.answer();
     assert_eq!((answer.status, answer.header("Connection")), (504, Some("close")));
     busy.ends();
-    site.serves();
+    let metrics = site.ask(&NODE.replace("/i/node", "/metrics")).body;
+    assert!(metrics.contains("connections_evicted_total{reason=\"reload\"} 2\n"), "{metrics}");
 }
 
 #[test]
