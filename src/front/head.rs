@@ -86,8 +86,7 @@ impl Head {
 /// A head that cannot be passed on. More bytes do not change that, nor a head that can.
 pub fn check(buffer: &[u8], seen: usize) -> Result<Option<Head>, Refusal> {
     let window = &buffer[..buffer.len().min(MAX_HEAD)];
-    // The last bytes once more: a line, or the head, may end in them.
-    for end in seen.saturating_sub(3)..window.len() {
+    for end in seen..window.len() {
         match (window[end], end.checked_sub(1).map(|before| window[before])) {
             (b'\n', Some(b'\r')) if window[..end].ends_with(b"\r\n\r") => {
                 // All of it is ASCII.
