@@ -70,7 +70,8 @@ fn promtool_finds_no_fault() {
     let _odd = FakeOpenVpn::start(directory.join("a \"b\"\\\n.sock"), Mood::Healthy, vec![client]);
     let stale = directory.join("stale.sock");
     drop(UnixListener::bind(&stale).unwrap());
-    for target in ["nowhere", "."] {
+    // No link counts beside the socket that it leads to.
+    for target in ["nowhere", ".", "stale.sock"] {
         symlink(target, directory.join(&format!("link to {target}"))).unwrap();
     }
     let daemon = daemon(&device, &directory);
