@@ -224,7 +224,7 @@ mod tests {
             end.wait();
             Ok(7)
         };
-        let late = agent.change(soon(50), "a change".to_owned(), hang).unwrap();
+        let late = agent.change(soon(60_000), "a change".to_owned(), hang).unwrap();
         begun.wait();
         let first = agent.list(soon(60_000), |_| Ok(1)).unwrap();
         let joined = agent.list(soon(60_000), |_| panic!("a second list")).unwrap();
