@@ -18,7 +18,7 @@ const SLICE: Duration = Duration::from_millis(500);
 
 /// A connection of which every call ends by `deadline`, with [`ErrorKind::TimedOut`] if need be.
 pub(crate) struct Stream {
-    stream: UnixStream,
+    pub(crate) stream: UnixStream,
     pub(crate) deadline: Instant,
 }
 

@@ -76,10 +76,10 @@ impl Inner {
     /// Passes on a request that tiny_http reads at once.
     pub(super) fn pass(&self, request: &[u8]) -> io::Result<()> {
         let mut shared = lock(&self.shared);
-        let mut stream = shared.take().map_or_else(|| self.connect(PASS_TIME), Ok)?;
-        stream.deadline = Instant::now() + PASS_TIME;
-        stream.write_all(request)?;
-        *shared = Some(stream);
+        let inner = shared.take().map_or_else(|| self.connect(PASS_TIME), Ok)?;
+        // With the time-out that the socket has from its first request: none is set anew for each.
+        (&inner.stream).write_all(request)?;
+        *shared = Some(inner);
         Ok(())
     }
 
