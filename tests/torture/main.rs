@@ -41,9 +41,9 @@ use site::{Figures, GRACE, PLAIN, Site, TLS};
 const CLIENTS: usize = 8;
 /// Between two requests of a client.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How much memory in KiB, threads and descriptors a daemon may have more in the end. It keeps four
-/// connections to its HTTP server, with a thread and three descriptors each. Memory counts from when each
-/// fault has had its turn: the C library keeps some of what floods took.
+/// How much memory in KiB, threads and descriptors a daemon may have more in the end: its HTTP server keeps
+/// threads for a while. Memory counts from when each fault has had its turn: the C library keeps some of
+/// what floods took.
 const TOLERANCE: [u64; 3] = [16 << 10, 4, 12];
 /// By then a daemon at rest has given back what it took.
 const REST: Duration = Duration::from_secs(6);
