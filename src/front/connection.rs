@@ -411,6 +411,8 @@ impl Write for Socket {
                 self.place.stall(false)?;
                 written
             }
+            // Where a write would block, rustls reads instead, and that waits for the client.
+            Err(Errno::EAGAIN) => Err(io::ErrorKind::TimedOut.into()),
             result => Ok(result?),
         }
     }

@@ -3,12 +3,19 @@
 use std::fs::Permissions;
 use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket, sockopt,
+};
+use nix::unistd::chown;
+
 use super::common::{DAEMON, Daemon, TempDir, wait_until};
+use super::pki::{self, Pki};
 use super::{CONNECTIONS, Connection, NODE, Site, names, post, raise_own_open_files};
 
 // How a connection is held open: by what its client has said.
@@ -163,29 +170,68 @@ fn node_is_answered_while_every_backend_hangs() {
     assert!(time < Duration::from_secs(1), "{time:?}");
 }
 
-/// As a user whose threads can be limited: root's cannot.
+/// A user whose threads can be limited: root's cannot.
+fn as_nobody(program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", program]);
+    command
+}
+
+/// Lets the daemon start no more threads.
+fn without_threads(daemon: &Daemon) {
+    let limit = [format!("--pid={}", daemon.pid()), "--nproc=1:1".to_owned()];
+    assert!(as_nobody("prlimit").args(limit).status().unwrap().success());
+    wait_until("none is left", || !daemon.thread_names().contains(&"request".to_owned()));
+}
+
 #[test]
 fn without_threads_backends_are_not_asked_and_node_is_answered() {
     let inner = TempDir::new("inner");
     std::fs::set_permissions(inner.path(), Permissions::from_mode(0o777)).unwrap();
-    let as_nobody = |program| {
-        let mut command = Command::new("setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", program]);
-        command
-    };
     let daemon = Daemon::start_as(as_nobody(DAEMON), &[], |command| {
         command.env("RUNTIME_DIRECTORY", inner.path());
     });
     let mut connection = daemon.connect();
     assert_eq!(connection.ask(NODE).status, 200);
-    let limit = [format!("--pid={}", daemon.pid()), "--nproc=1:1".to_owned()];
-    assert!(as_nobody("prlimit").args(limit).status().unwrap().success());
-    wait_until("none is left", || !daemon.thread_names().contains(&"request".to_owned()));
+    without_threads(&daemon);
     assert_eq!(connection.ask(NODE).status, 200);
     let answer = connection.ask(CONNECTIONS);
     assert_eq!(answer.status, 503);
     assert_eq!(answer.error(), "the daemon has run out of threads; try again");
     daemon.wait_for_log("no thread for a request: ");
+}
+
+/// Nor is a client waited for that takes no answers: it is cut.
+#[test]
+fn without_threads_nobody_waits_for_a_client_that_does_not_read() {
+    let inner = TempDir::new("inner");
+    std::fs::set_permissions(inner.path(), Permissions::from_mode(0o777)).unwrap();
+    let pki = Pki::usual();
+    let client = pki.client("portal", "portal");
+    chown(&pki.credential("server.key"), Some(65534.into()), None).unwrap();
+    let daemon = Daemon::start_as(as_nobody(DAEMON), &[], |command| {
+        command.env("RUNTIME_DIRECTORY", inner.path());
+        command.env("CREDENTIALS_DIRECTORY", pki.credentials_directory());
+    });
+    let site = Site { daemon, tls: Some((pki, client)) };
+    let mut reads = site.connect();
+    // With segments so small, the daemon's send buffer is small as well.
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let stream = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+    setsockopt(&stream, sockopt::RcvBuf, &4096).unwrap();
+    setsockopt(&stream, sockopt::TcpMaxSeg, &536).unwrap();
+    let address = SockaddrIn::new(127, 0, 0, 1, site.daemon.address.port());
+    connect(stream.as_raw_fd(), &address).unwrap();
+    let mut deaf = pki::connect(&site.tls.as_ref().unwrap().1, stream.into()).unwrap();
+    without_threads(&site.daemon);
+    let is_cut = (0..5000).any(|_| {
+        let is_cut = deaf.try_send(NODE).is_err();
+        // Its answer is written, or not, before the other one's.
+        thread::sleep(Duration::from_millis(3));
+        assert_eq!(reads.ask(NODE).status, 200);
+        is_cut
+    });
+    assert!(is_cut, "its answers went somewhere");
 }
 
 /// Out of descriptors, under the lowest limit at which the daemon is of use.
