@@ -144,9 +144,12 @@ impl Connection {
         let (own, rest) = self.read_request().map_err(|end| self.end(end)).ok()?;
         let (door, id) = (Arc::clone(&self.door), self.place().id);
         let tcp = Arc::clone(&self.stream.socket.tcp);
-        // What is here already does not wake up who waits for more. Over TLS, bytes behind a long
-        // body may be here as well.
-        let has_more = !self.buffer.is_empty() || own.is_some();
+        // What is here already does not wake up who waits for more. Over TLS, rustls may have it: bytes
+        // behind a long body or a head that fills the buffer, or the client's close_notify.
+        let is_read = |tls: &ServerConnection| !tls.wants_read();
+        let has_more = !self.buffer.is_empty()
+            || own.is_some()
+            || self.stream.tls.as_ref().is_some_and(is_read);
         // Nothing is to follow: the thread that answers closes the connection.
         let is_last = !self.head.keep_alive && self.head.content_length == 0;
         let is_over = is_last && !has_more && self.generation.is_none();

@@ -1,11 +1,11 @@
 //! What is asked, and how: requests that must not get through, and all forms of those that do.
 
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::thread;
 use std::time::Duration;
 
 use super::common::Answer;
-use super::{NODE, Site, post, with};
+use super::{Connection as _, NODE, Site, pki, post, with};
 
 /// Hidden behind a refused request: must never be answered.
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -112,6 +112,24 @@ fn answers_fit_the_form_of_the_request() {
             connection.ends();
         }
     }
+}
+
+/// Nothing more comes from the network, since rustls has it already.
+#[test]
+fn what_comes_with_a_request_over_tls_is_not_waited_for() {
+    let site = Site::tls(&[]);
+    let start = "GET /i/node HTTP/1.1\r\nHost: localhost\r\nX: ";
+    let padding = "a".repeat(16 * 1024 - start.len() - 4);
+    let mut connection = site.connect();
+    connection.send(&format!("{start}{padding}\r\n\r\n{NODE}"));
+    assert_eq!([(); 2].map(|()| connection.answer().status), [200; 2]);
+    let (_, client) = site.tls.as_ref().unwrap();
+    let mut tunnel = pki::connect(client, site.daemon.connect()).unwrap();
+    tunnel.conn.writer().write_all(NODE.as_bytes()).unwrap();
+    tunnel.conn.send_close_notify();
+    tunnel.flush().unwrap();
+    assert_eq!(tunnel.answer().status, 200);
+    tunnel.ends();
 }
 
 #[test]
