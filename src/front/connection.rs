@@ -1,6 +1,6 @@
 //! One connection: handshake, head, body, answer. tiny_http is given what is known to be harmless.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, mpsc};
@@ -278,7 +278,8 @@ impl Connection {
             if left > 0 {
                 self.place().enter(Phase::Arriving, body_deadline)?;
                 inner.write_all(&rest)?;
-                io::copy(&mut (&mut self.stream).take(left - 1), inner)?;
+                let body = (&mut self.stream).take(left - 1);
+                io::copy(&mut BufReader::with_capacity(4 * PIECE, body), inner)?;
                 // With its last byte it can be answered: not before this connection waits for that.
                 rest = vec![0];
                 self.stream.read_exact(&mut rest)?;
