@@ -1,4 +1,5 @@
-//! One connection: handshake, head, body, answer. tiny_http is given what is known to be harmless.
+//! One client: handshake, head, body, and the answer, which the thread that has it writes. tiny_http is
+//! given what is known to be harmless.
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
@@ -262,6 +263,8 @@ impl Connection {
         Ok(())
     }
 
+    /// Makes the request that tiny_http reads. A body that is not here yet goes to a connection of its own
+    /// as it comes, but for its last byte.
     fn pass_on(&mut self, head: Head, body_deadline: Instant) -> Result<Rest, End> {
         let available = head.content_length.min(self.buffer.len() - head.length);
         let left = (head.content_length - available) as u64;
@@ -317,6 +320,7 @@ impl Connection {
         let _ = back.send(self);
     }
 
+    /// With a head that tiny_http prints.
     fn write(&mut self, answer: Answer) -> io::Result<()> {
         let Answer { status, mut body, media_type, allow } = answer;
         let mut headers = vec![("Server", "vpn-daemon"), ("Cache-Control", "no-store")];

@@ -1,4 +1,5 @@
-//! The way from the front door to tiny_http: a private Unix socket and the connections to it.
+//! The way from the front door to tiny_http: a private Unix socket and the connections to it; and the
+//! clients that wait for its answers.
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,4 +1,4 @@
-//! Its directory, its signals, its end.
+//! The daemon's inner directory, its signals, its end, and whom it names in the log.
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
