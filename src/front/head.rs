@@ -5,8 +5,6 @@
 //! [`Head::rewritten`]: a head made anew from the parts that were understood here. The grammar is
 //! RFC 9112's without its leniencies; where two readers could disagree, the head is refused.
 
-use std::fmt::Write;
-
 /// Most bytes of a request head, its blank line included.
 pub const MAX_HEAD: usize = 16 * 1024;
 /// Most header lines of a request head.
@@ -69,10 +67,8 @@ impl Head {
     pub fn rewritten(&self, extra: &[(&str, &str)]) -> Vec<u8> {
         let mut head = self.lines.clone();
         for (name, value) in extra {
-            head.push_str(name);
-            head.push_str(": ");
-            head.extend(form_urlencoded::byte_serialize(value.as_bytes()));
-            head.push_str("\r\n");
+            let value: String = form_urlencoded::byte_serialize(value.as_bytes()).collect();
+            head.push_str(&format!("{name}: {value}\r\n"));
         }
         head.push_str("\r\n");
         head.into_bytes()
@@ -126,8 +122,7 @@ fn parse(text: &str, length: usize) -> Result<Head, Refusal> {
     let has_host = head.http10 || head.host.is_some();
     ensure(has_host, "the header Host is missing, which HTTP/1.1 requires")?;
     if seen.content_length.is_some() {
-        // Writing to a string cannot fail.
-        let _ = write!(head.lines, "Content-Length: {}\r\n", head.content_length);
+        head.lines.push_str(&format!("Content-Length: {}\r\n", head.content_length));
     }
     if head.http10 {
         head.lines.push_str("Connection: keep-alive\r\n");
