@@ -127,9 +127,9 @@ fn parse(text: &str, length: usize) -> Result<Head, Refusal> {
     if head.http10 {
         head.lines.push_str("Connection: keep-alive\r\n");
     }
-    head.keep_alive = !seen.close && (seen.keep_alive || !head.http10);
+    head.keep_alive = !seen.close && (head.keep_alive || !head.http10);
     // RFC 9110, 10.1.1: to be ignored from an HTTP/1.0 client, and without a body.
-    head.expect_continue = seen.expect && !head.http10 && head.content_length > 0;
+    head.expect_continue &= !head.http10 && head.content_length > 0;
     Ok(head)
 }
 
@@ -156,8 +156,6 @@ struct Seen {
     content_length: Option<usize>,
     transfer_encoding: bool,
     close: bool,
-    keep_alive: bool,
-    expect: bool,
 }
 
 fn field(head: &mut Head, seen: &mut Seen, line: &str) -> Result<(), Refusal> {
@@ -196,15 +194,15 @@ fn field(head: &mut Head, seen: &mut Seen, line: &str) -> Result<(), Refusal> {
             head.forbidden = Some(FETCH_SITE);
         }
         "expect" => {
-            seen.expect = value.eq_ignore_ascii_case("100-continue");
-            ensure(seen.expect, "the header Expect is not 100-continue")?;
+            head.expect_continue = value.eq_ignore_ascii_case("100-continue");
+            ensure(head.expect_continue, "the header Expect is not 100-continue")?;
         }
         "upgrade" => return Err(bad(UPGRADE)),
         "connection" => {
             for option in value.split(',').map(|option| option.trim_matches([' ', '\t'])) {
                 ensure(!option.eq_ignore_ascii_case("upgrade"), UPGRADE)?;
                 seen.close |= option.eq_ignore_ascii_case("close");
-                seen.keep_alive |= option.eq_ignore_ascii_case("keep-alive");
+                head.keep_alive |= option.eq_ignore_ascii_case("keep-alive");
             }
         }
         _ => {}
