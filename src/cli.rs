@@ -130,9 +130,8 @@ fn parse_flags(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
             }
             "allow-host" => {
                 let name: String = checked(&flag, &mut parser)?;
-                if name.is_empty()
-                    || !name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
-                {
+                let fits = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+                if name.is_empty() || !name.chars().all(fits) {
                     return Err(format!("-allow-host {name}: is not a host name in ASCII").into());
                 }
                 options.allow_hosts.push(name);
