@@ -50,8 +50,7 @@ pub fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
         if !keys.insert(*public_key) {
             return invalid(format!("the peer {public_key} is listed twice"));
         }
-        allowed_ips.sort_unstable();
-        allowed_ips.dedup();
+        *allowed_ips = sorted(allowed_ips);
         for ip in allowed_ips {
             if let Some(owner) = owners.insert(*ip, *public_key) {
                 return invalid(format!(
@@ -76,12 +75,7 @@ pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, V
     for WantedPeer { public_key, allowed_ips } in wanted {
         let set = Change::Set(*public_key, allowed_ips);
         match left.remove(public_key) {
-            Some(peer)
-                if peer.allowed_ips == *allowed_ips
-                    || sorted(&peer.allowed_ips) == *allowed_ips =>
-            {
-                synced.unchanged += 1;
-            }
+            Some(peer) if sorted(&peer.allowed_ips) == *allowed_ips => synced.unchanged += 1,
             Some(_) => {
                 synced.updated.push(*public_key);
                 updates.push(set);
@@ -94,10 +88,8 @@ pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, V
     }
     let removed = present.iter().filter(|peer| left.contains_key(&peer.public_key));
     synced.removed = removed.cloned().collect();
-    let mut changes: Vec<_> =
-        synced.removed.iter().map(|peer| Change::Remove(peer.public_key)).collect();
-    changes.append(&mut updates);
-    changes.append(&mut additions);
+    let removals = synced.removed.iter().map(|peer| Change::Remove(peer.public_key));
+    let changes = removals.chain(updates).chain(additions).collect();
     (synced, changes)
 }
 
