@@ -69,7 +69,6 @@ impl Backend for Kernel<'_> {
 
     fn apply(&self, changes: &[Change], _: &[Peer], applied: Applied) -> Result<(), Failure> {
         let mut socket = WgSocket::connect().map_err(|error| self.unusable(&error))?;
-        let mut done = 0;
         for batch in batches(changes, MESSAGE_ITEMS) {
             if Instant::now() >= self.deadline {
                 return Err(failure(self.device, Errno::EAGAIN));
@@ -82,8 +81,7 @@ impl Backend for Kernel<'_> {
                 }
                 error => self.unusable(&error),
             })?;
-            done += batch.len();
-            applied(done);
+            applied(batch.len());
         }
         Ok(())
     }

@@ -42,7 +42,7 @@ trait Backend {
     fn apply(&self, changes: &[Change], present: &[Peer], applied: Applied) -> Result<(), Failure>;
 }
 
-/// Told how many changes are known to be applied.
+/// Told how many more changes are known to be applied.
 type Applied<'a> = &'a mut dyn FnMut(usize);
 
 /// A device at one moment.
@@ -145,17 +145,16 @@ impl WireGuard {
                 return Ok(synced);
             }
             *lock(&shared) = (changes.len(), 0);
-            let mut applied = 0;
-            let result = backend.apply(&changes, &present, &mut |done| {
+            backend.apply(&changes, &present, &mut |more| {
+                let (_, applied) = &mut *lock(&shared);
                 // Their counters are not to be lost with an answer that comes too late.
-                for peer in synced.removed.iter().take(done).skip(applied) {
+                for peer in synced.removed.iter().skip(*applied).take(more) {
                     metrics::removed(peer);
                     info!("{}", removed(peer, name, asked_by));
                 }
-                applied = done;
-                *lock(&shared) = (changes.len(), applied);
-            });
-            result.map(|()| synced)
+                *applied += more;
+            })?;
+            Ok(synced)
         });
         synced.map_err(|failure| {
             let (changes, applied) = *lock(&progress);

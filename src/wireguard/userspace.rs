@@ -78,7 +78,6 @@ impl Backend for Userspace<'_> {
             true => HashSet::new(),
             false => present.iter().map(|peer| peer.public_key).collect(),
         };
-        let mut done = 0;
         for batch in batches(changes, REQUEST_ITEMS) {
             let (mut removed, mut added) = (Vec::new(), Vec::new());
             for change in batch {
@@ -91,8 +90,7 @@ impl Backend for Userspace<'_> {
                 }
             }
             self.change(removed, added)?;
-            done += batch.len();
-            applied(done);
+            applied(batch.len());
         }
         Ok(())
     }
