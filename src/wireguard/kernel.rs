@@ -24,17 +24,12 @@ const MESSAGE_ITEMS: usize = 500;
 
 /// The kernel's device of that name, until the deadline.
 pub(super) struct Kernel<'a> {
-    device: &'a DeviceName,
-    own_key: Option<PublicKey>,
-    deadline: Instant,
+    pub(super) device: &'a DeviceName,
+    pub(super) own_key: Option<PublicKey>,
+    pub(super) deadline: Instant,
 }
 
-impl<'a> Kernel<'a> {
-    /// Fails as [`dump::own_key`].
-    pub(super) fn open(device: &'a DeviceName, deadline: Instant) -> Result<Self, Errno> {
-        Ok(Self { device, own_key: dump::own_key(device)?, deadline })
-    }
-
+impl Kernel<'_> {
     fn unusable(&self, reason: &dyn Display) -> Failure {
         Failure::Failed(format!("WireGuard device {} could not be used ({reason})", self.device))
     }
