@@ -110,12 +110,10 @@ impl FromStr for AllowedIp {
         const MALFORMED: &str =
             "must be an address and a prefix length, such as 10.0.0.1/32 or fd00::1/128";
         let (address, prefix_len) = text.split_once('/').ok_or(MALFORMED)?;
-        // std's integers also take a sign and leading zeros.
-        let plain = prefix_len.bytes().all(|b| b.is_ascii_digit())
-            && (prefix_len == "0" || !prefix_len.starts_with('0'));
         let address: IpAddr = address.parse().map_err(|_| MALFORMED)?;
-        let prefix_len = prefix_len.parse().ok().filter(|_| plain).ok_or(MALFORMED)?;
-        Self::new(address, prefix_len)
+        // std's integers also take a sign and leading zeros.
+        let length = prefix_len.parse().ok().filter(|length: &u8| length.to_string() == prefix_len);
+        Self::new(address, length.ok_or(MALFORMED)?)
             .ok_or("must have a prefix length of at most 32 (IPv4) or 128 (IPv6)")
     }
 }
