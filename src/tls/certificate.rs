@@ -98,45 +98,37 @@ impl List {
         if parsed.issuing_distribution_point().is_some() {
             return Err("it speaks for some of its CA's clients: issue one for all".to_owned());
         }
-        let fields = Fields::read(&der).ok_or("it is malformed")?;
+        let ([signed, algorithm, signature], next_update) =
+            signed_fields(&der).ok_or("it is malformed")?;
         let signer = authorities.find(|authority: &&TrustAnchor| {
             let key = spki_for_anchor(authority);
             let is_signed = RawPublicKeyEntity::try_from(&key).is_ok_and(|key| {
-                provider.signature_verification_algorithms.all.iter().any(|algorithm| {
-                    algorithm.signature_alg_id().as_ref() == fields.algorithm
-                        && key.verify_signature(*algorithm, fields.signed, fields.signature).is_ok()
+                provider.signature_verification_algorithms.all.iter().any(|known| {
+                    known.signature_alg_id().as_ref() == algorithm
+                        && key.verify_signature(*known, signed, signature).is_ok()
                 })
             });
             is_signed && authority.subject.as_ref() == parsed.issuer()
         });
         signer.ok_or("no CA in ca.crt has signed it: add its issuer there")?;
-        let next_update = fields.next_update;
         Ok(Self { der, next_update })
     }
 }
 
-/// What webpki keeps to itself (RFC 5280, section 5.1).
-struct Fields<'a> {
-    signed: &'a [u8],
-    algorithm: &'a [u8],
-    signature: &'a [u8],
-    next_update: String,
-}
-
-impl<'a> Fields<'a> {
-    fn read(der: &'a [u8]) -> Option<Self> {
-        let Reader(whole) = Reader(der).enter()?;
-        let mut parts = Reader(whole);
-        let mut fields = parts.enter()?;
-        let signed = whole.strip_suffix(parts.0)?;
-        let (_, algorithm) = parts.next()?;
-        // A BIT STRING's first byte counts its unused bits; a signature has none.
-        let signature = parts.next()?.1.strip_prefix(&[0])?;
-        let (_version, _algorithm, _issuer) = (fields.next()?, fields.next()?, fields.next()?);
-        let (_this_update, (tag, next_update)) = (fields.next()?, fields.next()?);
-        let next_update = rfc3339(tag, std::str::from_utf8(next_update).ok()?)?;
-        Some(Self { signed, algorithm, signature, next_update })
-    }
+/// What webpki keeps to itself of a list: what is signed, the algorithm, the signature, and when the next
+/// one is due. (RFC 5280, section 5.1)
+fn signed_fields(der: &[u8]) -> Option<([&[u8]; 3], String)> {
+    let Reader(whole) = Reader(der).enter()?;
+    let mut parts = Reader(whole);
+    let mut fields = parts.enter()?;
+    let signed = whole.strip_suffix(parts.0)?;
+    let (_, algorithm) = parts.next()?;
+    // A BIT STRING's first byte counts its unused bits; a signature has none.
+    let signature = parts.next()?.1.strip_prefix(&[0])?;
+    let (_version, _algorithm, _issuer) = (fields.next()?, fields.next()?, fields.next()?);
+    let (_this_update, (tag, next_update)) = (fields.next()?, fields.next()?);
+    let next_update = rfc3339(tag, std::str::from_utf8(next_update).ok()?)?;
+    Some(([signed, algorithm, signature], next_update))
 }
 
 /// From `YYMMDDHHMMSSZ` (years 1950 to 2049) or `YYYYMMDDHHMMSSZ`.
