@@ -267,11 +267,8 @@ fn parse_lines(stream: impl Read) -> Result<get::Device, ParseGetResponseError> 
             return Some(Ok(line));
         }
         loop {
-            let line = match lines.next() {
-                Some(Ok(line)) => line,
-                Some(Err(error)) => return Some(Err(error)),
-                None => return Some(Err(malformed("its answer ends early"))),
-            };
+            let next = lines.next().unwrap_or_else(|| Err(malformed("its answer ends early")));
+            let Ok(line) = next else { return Some(next) };
             match line.split_once('=') {
                 Some(("public_key", _)) => {
                     let zeros = ["last_handshake_time_sec=0", "last_handshake_time_nsec=0"];
