@@ -19,32 +19,29 @@ const TIME: Duration = Duration::from_millis(1500);
 const REQUEST: &[u8] = b"GET /i/node HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const MAX_ANSWER: u64 = 16 * 1024;
 
-const ADDRESS: &str = "address";
-const TLS: &str = "TLS";
-
 pub(super) fn look(listen: &ListenAddress) -> Entry {
     let Err(error) = front::bind_tcp(listen) else {
-        return Entry::ok(ADDRESS, format!("{listen} is free"));
+        return Entry::ok("address", format!("{listen} is free"));
     };
     let Some(answer) = ask(listen) else {
-        return Entry::problem(ADDRESS, error.to_string(), setting("LISTEN", "ADDRESS:PORT"));
+        return Entry::problem("address", error.to_string(), setting("LISTEN", "ADDRESS:PORT"));
     };
     if let Some(version) = version(&answer) {
-        return Entry::ok(ADDRESS, format!("{listen} is served by vpn-daemon {version}"));
+        return Entry::ok("address", format!("{listen} is served by vpn-daemon {version}"));
     }
     // An alert, in a record of type 21, is how TLS refuses plain HTTP.
     if answer.starts_with('\x15') {
-        return Entry::ok(ADDRESS, format!("{listen} is served by a program that speaks TLS"));
+        return Entry::ok("address", format!("{listen} is served by a program that speaks TLS"));
     }
     let seen = format!("{error}, and does not answer like vpn-daemon");
-    Entry::problem(ADDRESS, seen, format!("ss -ltnp 'sport = :{}'", listen.port))
+    Entry::problem("address", seen, format!("ss -ltnp 'sport = :{}'", listen.port))
 }
 
 pub(super) fn tls(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entry> {
     let Some(directory) = directory else { return vec![plain(listen)] };
     let tls = match Tls::open(directory) {
         Ok(tls) => tls,
-        Err(error) => return vec![Entry::new(Level::Problem, TLS, error)],
+        Err(error) => return vec![Entry::new(Level::Problem, "TLS", error)],
     };
     let until = rfc3339::format(tls.expire().0);
     let seen = format!("certificate and key belong together, valid until {until}");
@@ -54,9 +51,9 @@ pub(super) fn tls(listen: &ListenAddress, directory: Option<&Path>) -> Vec<Entry
             log::Level::Warn => Level::Warning,
             _ => Level::Ok,
         };
-        Entry::new(level, TLS, text)
+        Entry::new(level, "TLS", text)
     });
-    std::iter::once(Entry::ok(TLS, seen)).chain(findings).collect()
+    std::iter::once(Entry::ok("TLS", seen)).chain(findings).collect()
 }
 
 fn plain(listen: &ListenAddress) -> Entry {
@@ -65,16 +62,16 @@ fn plain(listen: &ListenAddress) -> Entry {
             "the service has credentials that may not be read here, and were not looked at: \
              {OF_THE_SERVICE}"
         );
-        return Entry::warning(TLS, seen, "sudo vpn-daemon check");
+        return Entry::warning("TLS", seen, "sudo vpn-daemon check");
     }
     if is_local(listen) {
-        return Entry::ok(TLS, "plain HTTP, reachable only from this host");
+        return Entry::ok("TLS", "plain HTTP, reachable only from this host");
     }
     let seen =
         format!("plain HTTP on {listen}: everybody who reaches this address may remove peers");
     let local = setting("LISTEN", "127.0.0.1:41194");
     let drop_in = "/etc/systemd/system/vpn-daemon.service.d/credentials.conf";
-    Entry::warning(TLS, seen, format!("LoadCredential= in {drop_in}, or {local}"))
+    Entry::warning("TLS", seen, format!("LoadCredential= in {drop_in}, or {local}"))
 }
 
 /// Whether only this host reaches the address.
