@@ -106,10 +106,7 @@ fn ask(listen: &ListenAddress) -> Option<String> {
 
 /// The version of the daemon that has answered; `None` where another program has.
 fn version(answer: &str) -> Option<String> {
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    if !head.starts_with("HTTP/1.1 200 ") {
-        return None;
-    }
+    let (_, body) = answer.strip_prefix("HTTP/1.1 200 ")?.split_once("\r\n\r\n")?;
     let node: serde_json::Value = serde_json::from_str(body).ok()?;
     node.get("node_uptime")?.as_u64()?;
     let version = node.get("v").and_then(serde_json::Value::as_str).unwrap_or("of another kind");
