@@ -285,14 +285,13 @@ impl Place {
     pub(super) fn begin(&self, deadline: Instant) -> io::Result<bool> {
         self.enter(Phase::UnderWay, deadline)?;
         let table = &self.table;
-        let is_over = |state: &State| state.slots.get(&self.id).is_some_and(|slot| slot.over_limit);
         let has_none = |state: &mut State| {
             let is_free = state.open(false) < table.limit || state.free_place(true);
             // Nobody waits where others could not even be told.
             !is_free && state.open(true) < table.over_limit
         };
         let mut state = lock(&table.state);
-        if !is_over(&state) {
+        if !state.slots[&self.id].over_limit {
             return Ok(true);
         }
         state.queued += 1;
@@ -300,9 +299,7 @@ impl Place {
         let (mut state, _) = wait.unwrap_or_else(PoisonError::into_inner);
         state.queued -= 1;
         let has_place = state.open(false) < table.limit;
-        if let Some(slot) = state.slots.get_mut(&self.id) {
-            slot.over_limit = !has_place;
-        }
+        state.slots.entry(self.id).and_modify(|slot| slot.over_limit = !has_place);
         Ok(has_place)
     }
 
