@@ -204,23 +204,18 @@ impl Userspace<'_> {
     }
 
     fn parse_failure(&self, error: ParseGetResponseError) -> Failure {
-        let path = self.path.display();
-        let reason: &dyn Display = match &error {
-            ParseGetResponseError::ReadLineIoError(error) => match error.kind() {
-                ErrorKind::InvalidData => error,
-                _ => return self.io_failure(error),
-            },
-            ParseGetResponseError::ServerError(errno) => {
-                let reason = Errno::from_raw(errno.parse().map_or(0, i32::saturating_abs)).desc();
-                return Failure::Failed(format!(
-                    "WireGuard socket {path} refused the request ({reason})"
-                ));
+        use ParseGetResponseError::{ReadLineIoError, ServerError};
+        let nonsense = |why: &dyn Display| format!("does not speak WireGuard's protocol ({why})");
+        let what = match &error {
+            ReadLineIoError(error) if error.kind() == ErrorKind::InvalidData => nonsense(error),
+            ReadLineIoError(error) => return self.io_failure(error),
+            ServerError(errno) => {
+                let errno = Errno::from_raw(errno.parse().map_or(0, i32::saturating_abs));
+                format!("refused the request ({})", errno.desc())
             }
-            error => error,
+            error => nonsense(error),
         };
-        let sentence =
-            format!("WireGuard socket {path} does not speak WireGuard's protocol ({reason})");
-        Failure::Failed(sentence)
+        Failure::Failed(format!("WireGuard socket {} {what}", self.path.display()))
     }
 }
 
