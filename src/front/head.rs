@@ -169,8 +169,9 @@ fn field(head: &mut Head, seen: &mut Seen, line: &str) -> Result<(), Refusal> {
     let value = value.trim_matches([' ', '\t']);
     match name.to_ascii_lowercase().as_str() {
         "host" => {
-            let is_host = value.bytes().all(is_host_byte);
-            ensure(is_host, "the header Host is not a host name or address")?;
+            // RFC 3986, 3.2.2 and 3.2.3: a host with an optional port.
+            let fits = |b: u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%:[]".contains(&b);
+            ensure(value.bytes().all(fits), "the header Host is not a host name or address")?;
             ensure(head.host.replace(value.to_owned()).is_none(), "the header Host is repeated")?;
             head.lines.push_str(&format!("Host: {value}\r\n"));
         }
@@ -256,11 +257,6 @@ fn refusal(status: u16, reason: &'static str) -> Refusal {
 fn is_token(text: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
     !text.is_empty() && text.bytes().all(fits)
-}
-
-/// RFC 3986, 3.2.2 and 3.2.3: a host with an optional port.
-fn is_host_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%:[]".contains(&byte)
 }
 
 /// Proof that what passes here is read by tiny_http as the same single request, and that what two
