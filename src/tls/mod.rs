@@ -137,10 +137,8 @@ impl Tls {
             .collect();
         findings.extend(current.examine_chain(now));
         if key_mode & 0o004 != 0 {
-            let text = format!(
-                "server.key may be read by everybody (mode {:04o}): chmod o= it",
-                key_mode & 0o7777
-            );
+            let text =
+                format!("server.key may be read by everybody (mode {key_mode:04o}): chmod o= it");
             findings.push((Level::Warn, text));
         }
         for (List { next_update, .. }, number) in lists.iter().zip(1..) {
@@ -184,7 +182,7 @@ impl Credentials {
         })?;
         let [key] = <[_; 1]>::try_from(keys)
             .map_err(|_| key_error("holds several private keys: leave only one"))?;
-        let key_mode = fs::metadata(&key_path).map_or(0, |file| file.permissions().mode());
+        let key_mode = fs::metadata(&key_path).map_or(0, |file| file.permissions().mode() & 0o7777);
         let mut lists = Vec::new();
         let is_missing = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
         if !fs::symlink_metadata(path("ca.crl")).is_err_and(is_missing) {
