@@ -22,7 +22,7 @@ pub fn pieces(bytes: &[u8], seed: u8, most: usize) -> Vec<&[u8]> {
 
 /// The clients with a name in a reply to `status 3`, which ends with the line `END`; `None` where that
 /// does not come, or something else is wrong.
-pub fn status<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Vec<Client>> {
+pub fn status<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Vec<Client<'a>>> {
     let (mut names, mut clients) = (None, Vec::new());
     for line in lines {
         let fields: Vec<_> = line.split('\t').collect();
@@ -48,9 +48,8 @@ pub fn status<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Vec<Client
                 }
                 let id = field("Client ID")?;
                 let id = if id.is_empty() { None } else { Some(id.parse().ok()?) };
-                let common_name = field("Common Name")?.to_owned();
+                let common_name = field("Common Name")?;
                 if common_name != "" && common_name != "UNDEF" {
-                    let (ipv4, ipv6) = (ipv4.to_owned(), ipv6.to_owned());
                     clients.push(Client { common_name, ipv4, ipv6, id });
                 }
             }

@@ -2,10 +2,12 @@
 
 use std::fmt::Display;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::agent::Failure;
+use crate::openvpn::SocketFailure;
 use crate::wireguard::{AllowedIp, PublicKey, WantedPeer};
 use crate::{openvpn, rfc3339, wireguard};
 
@@ -70,20 +72,22 @@ pub(crate) struct Synced<'a> {
     pub(crate) unchanged: usize,
 }
 
-/// `GET /o/connection_list`.
-#[derive(Serialize)]
-pub(crate) struct ConnectionList<'a> {
-    connection_list: Vec<Connection<'a>>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    failed: Vec<Failed<'a>>,
-}
-
 /// A connected client; `""` for an address that it does not have.
 #[derive(Serialize)]
 struct Connection<'a> {
     common_name: &'a str,
     ip_four: &'a str,
     ip_six: &'a str,
+}
+
+/// Writes a client as it stands in the connection list, behind others.
+pub(crate) fn connection(client: &openvpn::Client, text: &mut Vec<u8>) {
+    let openvpn::Client { common_name, ipv4: ip_four, ipv6: ip_six, .. } = *client;
+    if !text.is_empty() {
+        text.push(b',');
+    }
+    // Strings are always fit for JSON, and memory takes all of it.
+    let _ = serde_json::to_writer(text, &Connection { common_name, ip_four, ip_six });
 }
 
 /// An OpenVPN process that could not be asked.
@@ -93,18 +97,25 @@ struct Failed<'a> {
     error: &'a str,
 }
 
-impl<'a> From<&'a openvpn::Listing> for ConnectionList<'a> {
-    fn from(listing: &'a openvpn::Listing) -> Self {
-        let connections = listing.clients().map(|client| Connection {
-            common_name: &client.common_name,
-            ip_four: &client.ipv4,
-            ip_six: &client.ipv6,
-        });
-        let failed = listing.failed.iter();
-        let failed =
-            failed.map(|failure| Failed { socket: &failure.socket, error: &failure.error });
-        Self { connection_list: connections.collect(), failed: failed.collect() }
+/// `GET /o/connection_list`, in pieces: most are what [`connection`] has written.
+pub(crate) fn connection_list(listing: &openvpn::Listing) -> Vec<Arc<Vec<u8>>> {
+    let piece = |text: &str| Arc::new(text.as_bytes().to_vec());
+    let (mut pieces, comma) = (vec![piece(r#"{"connection_list":["#)], piece(","));
+    for clients in listing.processes.iter().filter(|clients| clients.count > 0) {
+        if pieces.len() > 1 {
+            pieces.push(Arc::clone(&comma));
+        }
+        pieces.push(Arc::clone(&clients.text));
     }
+    let failed = listing.failed.iter();
+    let failed = failed.map(|SocketFailure { socket, error, .. }| Failed { socket, error });
+    // These strings are fit for JSON, too.
+    let failed = serde_json::to_string(&failed.collect::<Vec<_>>()).unwrap_or_default();
+    pieces.push(match listing.failed.is_empty() {
+        true => piece("]}"),
+        false => piece(&format!(r#"],"failed":{failed}}}"#)),
+    });
+    pieces
 }
 
 /// Why a call failed: a status of the contract and one sentence for people.
@@ -258,12 +269,27 @@ mod tests {
             format!(r#"{{"added":["a"],"updated":[],"removed":[{unseen}],"unchanged":3}}"#)
         );
 
-        let client = Connection { common_name: "\"é\"", ip_four: "10.66.21.4", ip_six: "" };
-        let mut list = ConnectionList { connection_list: vec![client], failed: vec![] };
-        let clients =
-            r#""connection_list":[{"common_name":"\"é\"","ip_four":"10.66.21.4","ip_six":""}]"#;
+        let of = |names: &[&str]| {
+            let mut text = Vec::new();
+            for common_name in names {
+                let client =
+                    openvpn::Client { common_name, ipv4: "10.66.21.4", ipv6: "", id: None };
+                connection(&client, &mut text);
+            }
+            openvpn::Clients { count: names.len(), text: Arc::new(text) }
+        };
+        let mut list = openvpn::Listing { processes: vec![of(&[])], failed: vec![] };
+        let json = |list: &_| {
+            let pieces = connection_list(list);
+            pieces.iter().map(|piece| str::from_utf8(piece).unwrap()).collect::<String>()
+        };
+        assert_eq!(json(&list), r#"{"connection_list":[]}"#);
+        list.processes.extend([of(&["\"é\"", "\"é\""]), of(&[]), of(&["\"é\""])]);
+        let client = r#"{"common_name":"\"é\"","ip_four":"10.66.21.4","ip_six":""}"#;
+        let clients = format!(r#""connection_list":[{client},{client},{client}]"#);
         assert_eq!(json(&list), format!("{{{clients}}}"));
-        list.failed.push(Failed { socket: "a.sock", error: "x" });
+        let (socket, error) = ("a.sock".to_owned(), "x".to_owned());
+        list.failed.push(SocketFailure { socket, timed_out: false, error });
         let failed = r#""failed":[{"socket":"a.sock","error":"x"}]"#;
         assert_eq!(json(&list), format!("{{{clients},{failed}}}"));
         assert_eq!(error_body("`x\"y` is \\ wrong"), r#"{"error":"`x\"y` is \\ wrong"}"#);

@@ -112,11 +112,10 @@ fn serve(options: Options, signals: &SigSet) -> Result<(), String> {
     // The directory stays here and goes to no thread: it is removed however this function ends.
     let (_directory, (inner, inner_listener)) = open_inner()?;
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
-    let openvpn = Arc::new(openvpn::OpenVpn::new(options.openvpn_dir));
-    let status = || systemd::status(&url, &options.wg_device, &openvpn);
+    let status = || systemd::status(&url, &options.wg_device, &options.openvpn_dir);
     let node = routes::Node {
         wireguard: wireguard::WireGuard::new(options.wg_device.clone()),
-        openvpn: Arc::clone(&openvpn),
+        openvpn: openvpn::OpenVpn::new(options.openvpn_dir.clone(), api::connection),
         cpu_count: node::cpu_count(),
         lists: AtomicUsize::new(0),
         tls: tls.clone(),

@@ -128,7 +128,7 @@ pub(crate) fn text(node: &routes::Node, deadline: Instant) -> String {
     for (socket, clients) in answers.into_iter().chain(failed) {
         set("openvpn_up", &[("socket", &socket)], f64::from(clients.is_some()));
         if let Some(clients) = clients {
-            set("openvpn_clients", &[("socket", &socket)], clients.len() as f64);
+            set("openvpn_clients", &[("socket", &socket)], clients.count as f64);
         }
     }
     for (minutes, load) in ["1", "5", "15"].into_iter().zip(node::load_average()) {

@@ -35,7 +35,7 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// What the calls need of the node.
 pub(crate) struct Node {
     pub(crate) wireguard: WireGuard,
-    pub(crate) openvpn: Arc<OpenVpn>,
+    pub(crate) openvpn: OpenVpn,
     /// CPUs that the process may run on, read at start.
     pub(crate) cpu_count: u64,
     /// Bytes of the peer lists that are arriving or being applied.
@@ -70,8 +70,8 @@ pub(crate) struct Request {
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    /// Empty where the status is 204.
-    pub(crate) body: Vec<u8>,
+    /// In pieces, which answers may share; empty where the status is 204.
+    pub(crate) body: Vec<Arc<Vec<u8>>>,
     pub(crate) media_type: &'static str,
     /// The methods that a call takes, where the status is 405.
     pub(crate) allow: Option<&'static str>,
@@ -80,7 +80,7 @@ pub(crate) struct Answer {
 impl From<Error> for Answer {
     fn from(error: Error) -> Self {
         let body = api::error_body(&error.sentence).into_bytes();
-        Self { status: error.status, body, media_type: JSON, allow: None }
+        Self { status: error.status, ..ok(vec![Arc::new(body)]) }
     }
 }
 
@@ -191,14 +191,14 @@ pub(crate) fn both<A>(
 }
 
 fn figures(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
-    let body = metrics::text(node, deadline()).into();
-    Ok(Answer { status: 200, body, media_type: TEXT, allow: None })
+    let body = metrics::text(node, deadline()).into_bytes();
+    Ok(Answer { media_type: TEXT, ..ok(vec![Arc::new(body)]) })
 }
 
 fn count_clients(node: &Node, deadline: Instant) -> Result<usize, Failure> {
     let listing = node.openvpn.clients(deadline)?;
     match listing.failed.as_slice() {
-        [] => Ok(listing.clients().count()),
+        [] => Ok(listing.processes.iter().map(|clients| clients.count).sum()),
         failed => Err(node.openvpn.failure(failed)),
     }
 }
@@ -284,7 +284,7 @@ fn read_list(request: &Request, body: &mut dyn Read, room: &mut Room) -> Result<
 }
 
 fn connection_list(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
-    json(&api::ConnectionList::from(&node.openvpn.clients(deadline())?))
+    Ok(ok(api::connection_list(&node.openvpn.clients(deadline())?)))
 }
 
 fn disconnect(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result<Answer, Error> {
@@ -311,7 +311,11 @@ const NO_CONTENT: Answer = Answer { status: 204, body: Vec::new(), media_type: J
 fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
     let body = serde_json::to_vec(value)
         .map_err(|error| Error::new(500, format!("the answer could not be written: {error}")))?;
-    Ok(Answer { status: 200, body, media_type: JSON, allow: None })
+    Ok(ok(vec![Arc::new(body)]))
+}
+
+fn ok(body: Vec<Arc<Vec<u8>>>) -> Answer {
+    Answer { status: 200, body, media_type: JSON, allow: None }
 }
 
 fn require_type(request: &Request, expected: &str) -> Result<(), Error> {

@@ -21,7 +21,7 @@ use log::{error, info, warn};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::time::{ClockId, clock_gettime};
 
-use crate::openvpn::OpenVpn;
+use crate::openvpn;
 use crate::wireguard::DeviceName;
 
 /// How long systemd may take for a notification.
@@ -85,9 +85,9 @@ fn open(name: &OsStr) -> Option<(UnixDatagram, SocketAddr)> {
 }
 
 /// What `systemctl status` shows: one line. The sockets are counted, nobody is asked.
-pub(crate) fn status(url: &str, device: &DeviceName, openvpn: &OpenVpn) -> String {
+pub(crate) fn status(url: &str, device: &DeviceName, openvpn_dir: &Path) -> String {
     let tls = if url.starts_with("https:") { "TLS" } else { "no TLS" };
-    let openvpn = match openvpn.sockets() {
+    let openvpn = match openvpn::sockets(openvpn_dir) {
         Ok(sockets) if sockets.len() == 1 => "1 OpenVPN socket".to_owned(),
         Ok(sockets) => format!("{} OpenVPN sockets", sockets.len()),
         Err(failure) => failure.to_string(),
@@ -207,16 +207,15 @@ mod tests {
 
     #[test]
     fn a_status_is_one_line() {
-        let openvpn = |path: &str| OpenVpn::new(path.into());
         let expected = "Serving https://[::]:41194 (TLS), WireGuard device wg0, 0 OpenVPN sockets";
         assert_eq!(
-            status("https://[::]:41194", &DeviceName::default(), &openvpn("/nonexistent")),
+            status("https://[::]:41194", &DeviceName::default(), Path::new("/nonexistent")),
             expected
         );
         let expected = "Serving http://127.0.0.1:41194 (no TLS), WireGuard device wg0, \
                         OpenVPN directory /dev/null/a READY=1 cannot be read: Not a directory (os \
                         error 20)";
-        let openvpn = openvpn("/dev/null/a\nREADY=1");
-        assert_eq!(status("http://127.0.0.1:41194", &DeviceName::default(), &openvpn), expected);
+        let openvpn = Path::new("/dev/null/a\nREADY=1");
+        assert_eq!(status("http://127.0.0.1:41194", &DeviceName::default(), openvpn), expected);
     }
 }

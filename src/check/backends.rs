@@ -11,7 +11,7 @@ use nix::unistd::geteuid;
 
 use super::{Entry, Level};
 use crate::cli::Options;
-use crate::openvpn::{self, OpenVpn};
+use crate::openvpn;
 use crate::wireguard::{DeviceName, WireGuard};
 
 /// For one greeting. While a VPN client connects, its script may keep the process from answering for
@@ -67,7 +67,7 @@ pub(super) fn openvpn(directory: &Path) -> Vec<Entry> {
             false => Entry::warning("OpenVPN", seen, "-openvpn-dir DIRECTORY"),
         }];
     }
-    let sockets = match OpenVpn::new(directory.to_owned()).sockets() {
+    let sockets = match openvpn::sockets(directory) {
         Ok(sockets) => sockets,
         Err(failure) => {
             let remedy = match fs::read_dir(directory).map_err(|error| error.kind()) {

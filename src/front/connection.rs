@@ -1,7 +1,7 @@
 //! One client: handshake, head, body, and the answer, which the thread that has it writes. tiny_http is
 //! given what is known to be harmless.
 
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, mpsc};
@@ -323,6 +323,7 @@ impl Connection {
     /// With a head that tiny_http prints.
     fn write(&mut self, answer: Answer) -> io::Result<()> {
         let Answer { status, mut body, media_type, allow } = answer;
+        let length: usize = body.iter().map(|piece| piece.len()).sum();
         let mut headers = vec![("Server", "vpn-daemon"), ("Cache-Control", "no-store")];
         headers.extend((!body.is_empty()).then_some(("Content-Type", media_type)));
         headers.extend(allow.map(|methods| ("Allow", methods)));
@@ -331,7 +332,7 @@ impl Connection {
         let headers = headers.iter().filter_map(header).collect();
         let version = HTTPVersion::from((1, u8::from(!self.head.http10)));
         let mut text = Vec::with_capacity(4096);
-        Response::new(StatusCode(status), headers, io::empty(), Some(body.len()), None)
+        Response::new(StatusCode(status), headers, io::empty(), Some(length), None)
             .with_chunked_threshold(usize::MAX)
             .raw_print(&mut text, version, &[], true, None)?;
         // RFC 9110, 8.6: 204 has no length. The connection is the front door's, not tiny_http's.
@@ -345,12 +346,11 @@ impl Connection {
         if self.is_head {
             body.clear();
         }
-        if body.len() <= PIECE {
-            text.append(&mut body);
-        }
-        self.stream.write_all(&text)?;
-        self.stream.write_all(&body)?;
-        self.stream.flush()
+        let room = (text.len() + length).min(4 * PIECE);
+        let mut client = BufWriter::with_capacity(room, &mut self.stream);
+        client.write_all(&text)?;
+        body.iter().try_for_each(|piece| client.write_all(piece))?;
+        client.flush()
     }
 
     /// Ends the connection once the client has read its last answer; what else it sends is thrown

@@ -39,13 +39,16 @@ const KNOCK_AFTER: Duration = Duration::from_millis(200);
 /// if there had been a colon (`man_kill` in `manage.c`).
 const MAX_KILL_BYTES: usize = 127;
 
-/// The clients that have an address.
-pub fn list(socket: &Path, deadline: Instant) -> io::Result<Vec<Client>> {
+/// Calls `each` for every client that has an address. A failure may come after some of them.
+pub fn list(socket: &Path, deadline: Instant, mut each: impl FnMut(&Client)) -> io::Result<()> {
     let mut conversation = Conversation::open(socket, deadline)?;
-    let mut clients = conversation.status()?;
+    conversation.status(|client| {
+        if !(client.ipv4.is_empty() && client.ipv6.is_empty()) {
+            each(client);
+        }
+    })?;
     conversation.close();
-    clients.retain(|client| !(client.ipv4.is_empty() && client.ipv6.is_empty()));
-    Ok(clients)
+    Ok(())
 }
 
 /// Disconnects all clients of that name. `disconnected` counts them as they go, also when this
@@ -65,13 +68,12 @@ pub fn disconnect(
         let count = killed(&reply).ok_or_else(|| unexpected(&reply))?;
         disconnected.store(count, Relaxed);
     } else {
-        let clients = conversation.status()?;
-        let ids = clients
-            .iter()
-            .filter(|client| client.common_name == name)
-            .map(|client| client.id.ok_or_else(|| not_understood("a client without an id")));
+        let mut ids = Vec::new();
+        conversation
+            .status(|client| ids.extend((client.common_name == name).then_some(client.id)))?;
+        let ids: Option<Vec<u64>> = ids.into_iter().collect();
         // OpenVPN tells such a client to restart and lets go of it some seconds later.
-        for id in ids.collect::<io::Result<Vec<_>>>()? {
+        for id in ids.ok_or_else(|| not_understood("a client without an id"))? {
             let reply = conversation.ask(&format!("client-kill {id}"))?;
             if reply.starts_with("SUCCESS:") {
                 disconnected.fetch_add(1, Relaxed);
@@ -150,8 +152,8 @@ impl Conversation {
         self.next_line()
     }
 
-    /// All clients that have a name.
-    fn status(&mut self) -> io::Result<Vec<Client>> {
+    /// Calls `each` for every client that has a name.
+    fn status(&mut self, mut each: impl FnMut(&Client)) -> io::Result<()> {
         let mut report = Report::default();
         self.send("status 3")?;
         loop {
@@ -159,8 +161,9 @@ impl Conversation {
             if line.starts_with("ERROR:") {
                 return Err(unexpected(&line));
             }
-            if report.line(&line).map_err(not_understood)? {
-                return Ok(report.clients);
+            report.line(&line).map_err(not_understood)?.iter().for_each(&mut each);
+            if report.is_complete {
+                return Ok(());
             }
         }
     }
@@ -345,8 +348,10 @@ mod tests {
             (format!("{greeting}>{}", "x".repeat(MAX_LINE)), Err("sent a line of more than 8 KiB")),
         ] {
             for size in [1, 2, 7, 100, 100_000] {
-                let list = |path: &_, deadline| list(path, deadline).map(|clients| clients.len());
-                match (talk(received.as_bytes(), size, list), expected) {
+                let mut count = 0;
+                let list = |path: &_, deadline| list(path, deadline, |_| count += 1);
+                let result = talk(received.as_bytes(), size, list);
+                match (result.map(|()| count), expected) {
                     (Err(error), Err(sentence)) => assert!(error.starts_with(sentence), "{error}"),
                     (result, expected) => assert_eq!(result.ok(), expected.ok(), "{received:?}"),
                 }
@@ -377,7 +382,10 @@ mod tests {
     #[test]
     fn a_time_out_says_what_was_waited_for() {
         let (path, listener) = bind("time-out");
-        let why = || list(&path, Instant::now() + Duration::from_secs(1)).unwrap_err().to_string();
+        let why = || {
+            let deadline = Instant::now() + Duration::from_secs(1);
+            list(&path, deadline, |_| {}).unwrap_err().to_string()
+        };
         thread::scope(|scope| {
             scope.spawn(|| {
                 let mut stream = listener.accept().unwrap().0;

@@ -29,39 +29,42 @@ const MAX_SOCKETS: usize = 1024;
 /// where its greeting is overdue.
 pub(crate) const MAX_DESCRIPTORS: u64 = 2 * MAX_SOCKETS as u64;
 
+/// Bytes that are written of 64 clients, which are usual for a process.
+const ROOM: usize = 8 * 1024;
+
 /// The name on a client's certificate: 1 to 64 characters, no control characters.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CommonName(String);
 
-/// A connected client.
+/// A connected client, as its process reports it; U+FFFD stands for what is not UTF-8.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Client {
-    /// Name on its certificate (or user name), as OpenVPN reports it; U+FFFD stands for what
-    /// is not UTF-8.
-    pub common_name: String,
+pub struct Client<'a> {
+    /// Name on its certificate (or user name).
+    pub common_name: &'a str,
     /// Its addresses inside the VPN, as OpenVPN writes them; empty if it has none. In a list it has at
     /// least one.
-    pub ipv4: String,
+    pub ipv4: &'a str,
     /// Likewise.
-    pub ipv6: String,
+    pub ipv6: &'a str,
     /// What `client-kill` takes; never used twice by one process. OpenVPN has it since 2.4.
     pub id: Option<u64>,
+}
+
+/// The clients of one process.
+#[derive(Clone, Default, Debug)]
+pub(crate) struct Clients {
+    pub(crate) count: usize,
+    /// What was written of each, one behind the other.
+    pub(crate) text: Arc<Vec<u8>>,
 }
 
 /// The clients of the processes that answered, and the processes that did not.
 #[derive(Debug)]
 pub(crate) struct Listing {
-    /// Clients of each process that answered, in the order of the sockets' names.
-    pub(crate) processes: Vec<Arc<Vec<Client>>>,
+    /// Those of each process that answered, in the order of the sockets' names.
+    pub(crate) processes: Vec<Clients>,
     /// Never all of them: that is a failure.
     pub(crate) failed: Vec<SocketFailure>,
-}
-
-impl Listing {
-    /// The clients of all processes.
-    pub(crate) fn clients(&self) -> impl Iterator<Item = &Client> {
-        self.processes.iter().flat_map(|clients| clients.iter())
-    }
 }
 
 /// What became of the clients of one name.
@@ -78,7 +81,7 @@ pub(crate) struct Disconnection {
 pub(crate) struct SocketFailure {
     /// File name of the management socket in the OpenVPN directory.
     pub(crate) socket: String,
-    timed_out: bool,
+    pub(crate) timed_out: bool,
     /// Completes the sentence "OpenVPN management socket `socket` …".
     pub(crate) error: String,
 }
@@ -86,6 +89,8 @@ pub(crate) struct SocketFailure {
 /// All OpenVPN processes whose management sockets lie in one directory.
 pub(crate) struct OpenVpn {
     directory: PathBuf,
+    /// Writes what is kept of a client.
+    write: fn(&Client, &mut Vec<u8>),
     agents: Mutex<HashMap<PathBuf, Arc<SocketAgent>>>,
 }
 
@@ -93,13 +98,14 @@ pub(crate) struct OpenVpn {
 pub(crate) type Answers<T> = (Vec<(String, Option<T>)>, Vec<SocketFailure>);
 
 /// Its list is `None` where there is no process.
-type SocketAgent = Agent<Option<Arc<Vec<Client>>>>;
+type SocketAgent = Agent<Option<Clients>>;
 
 impl OpenVpn {
     /// `directory` holds the management sockets, e.g. `/run/openvpn-server`. It is read at
-    /// every call: processes may come and go.
-    pub(crate) fn new(directory: PathBuf) -> Self {
-        Self { directory, agents: Mutex::default() }
+    /// every call: processes may come and go. `write` writes what is to be kept of a client: once,
+    /// by the thread that talks to its process, for all who share the list.
+    pub(crate) fn new(directory: PathBuf, write: fn(&Client, &mut Vec<u8>)) -> Self {
+        Self { directory, write, agents: Mutex::default() }
     }
 
     /// Clients of all processes. Answers or fails by `deadline`.
@@ -119,15 +125,19 @@ impl OpenVpn {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub(crate) fn lists(&self, deadline: Instant) -> Result<Answers<Arc<Vec<Client>>>, Failure> {
+    pub(crate) fn lists(&self, deadline: Instant) -> Result<Answers<Clients>, Failure> {
         self.ask(deadline, |agent, socket| {
-            let socket = socket.to_owned();
+            let (socket, write) = (socket.to_owned(), self.write);
             agent.list(deadline, move |deadline| {
-                let started = Instant::now();
-                there(management::list(&socket, deadline).map(|clients| {
+                let (started, mut count, mut text) = (Instant::now(), 0, Vec::with_capacity(ROOM));
+                let list = management::list(&socket, deadline, |client| {
+                    count += 1;
+                    write(client, &mut text);
+                });
+                there(list.map(|()| {
                     let (socket, time) = (file_name(&socket), started.elapsed().as_secs_f64());
                     metrics::set("openvpn_answer_seconds", &[("socket", &socket)], time);
-                    Arc::new(clients)
+                    Clients { count, text: Arc::new(text) }
                 }))
             })
         })
@@ -182,19 +192,22 @@ impl OpenVpn {
         mut begin: impl FnMut(&Arc<SocketAgent>, &Path) -> Result<Answer<Option<T>>, Failure>,
     ) -> Result<Answers<T>, Failure> {
         let budget = deadline.saturating_duration_since(Instant::now());
-        let mut sockets = self.sockets()?;
+        let mut sockets = sockets(&self.directory)?;
         let excess = sockets.split_off(sockets.len().min(MAX_SOCKETS));
         let agents = self.agents(&sockets);
         let jobs = agents.iter().zip(&sockets).map(|(agent, socket)| begin(agent, socket));
         // All of them begin before the first one is waited for.
         let jobs: Vec<_> = jobs.collect();
         let (mut answers, mut failed) = (Vec::new(), Vec::new());
-        for (socket, job) in sockets.iter().zip(jobs) {
+        // Who began last mostly ends last. Then all others are there, and this thread wakes up once.
+        for (socket, job) in sockets.iter().zip(jobs).rev() {
             match job.and_then(|job| job.wait(deadline)) {
                 Ok(answer) => answers.push((file_name(socket), answer)),
                 Err(failure) => failed.push(socket_failure(socket, failure, budget)),
             }
         }
+        answers.reverse();
+        failed.reverse();
         failed.extend(excess.iter().map(|socket| SocketFailure {
             socket: file_name(socket),
             timed_out: false,
@@ -216,55 +229,55 @@ impl OpenVpn {
         agents.retain(|_, agent| Arc::strong_count(agent) > 1);
         asked
     }
+}
 
-    /// The management sockets that are there now, sorted; a symbolic link counts if it leads to
-    /// a socket that is not in the list yet. None if the directory is missing.
-    ///
-    /// # Errors
-    /// The directory is there but cannot be read.
-    pub(crate) fn sockets(&self) -> Result<Vec<PathBuf>, Failure> {
-        self.read_directory().or_else(|error| {
-            let why = match error.kind() {
-                ErrorKind::NotFound => return Ok(Vec::new()),
-                ErrorKind::PermissionDenied => "permission denied; run the daemon in the \
-                     directory's group, and give that group the right to read and enter it (mode \
-                     0750)"
-                    .to_owned(),
-                _ => error.to_string(),
+/// The management sockets that are there now, sorted; a symbolic link counts if it leads to
+/// a socket that is not in the list yet. None if the directory is missing.
+///
+/// # Errors
+/// The directory is there but cannot be read.
+pub(crate) fn sockets(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
+    read_directory(directory).or_else(|error| {
+        let why = match error.kind() {
+            ErrorKind::NotFound => return Ok(Vec::new()),
+            ErrorKind::PermissionDenied => "permission denied; run the daemon in the \
+                 directory's group, and give that group the right to read and enter it (mode \
+                 0750)"
+                .to_owned(),
+            _ => error.to_string(),
+        };
+        let directory = directory.display();
+        Err(Failure::Failed(format!("OpenVPN directory {directory} cannot be read: {why}")))
+    })
+}
+
+fn read_directory(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let device = fs::metadata(directory)?.dev();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        // What kind of file it is cannot fail on most file systems. Else it is asked, and says why.
+        let kind = entry.file_type().ok();
+        if kind.is_none_or(|kind| kind.is_socket()) {
+            found.push((false, entry.path(), (device, entry.ino())));
+        } else if kind.is_some_and(|kind| kind.is_symlink()) {
+            let inode = match fs::metadata(entry.path()) {
+                Ok(target) if target.file_type().is_socket() => (target.dev(), target.ino()),
+                // What may not be looked at is asked, and says why it cannot be.
+                Err(why) if why.kind() == ErrorKind::PermissionDenied => (device, entry.ino()),
+                // It leads nowhere, or to no socket.
+                _ => continue,
             };
-            let directory = self.directory.display();
-            Err(Failure::Failed(format!("OpenVPN directory {directory} cannot be read: {why}")))
-        })
-    }
-
-    fn read_directory(&self) -> io::Result<Vec<PathBuf>> {
-        let device = fs::metadata(&self.directory)?.dev();
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&self.directory)? {
-            let entry = entry?;
-            // What kind of file it is cannot fail on most file systems. Else it is asked, and says why.
-            let kind = entry.file_type().ok();
-            if kind.is_none_or(|kind| kind.is_socket()) {
-                found.push((false, entry.path(), (device, entry.ino())));
-            } else if kind.is_some_and(|kind| kind.is_symlink()) {
-                let inode = match fs::metadata(entry.path()) {
-                    Ok(target) if target.file_type().is_socket() => (target.dev(), target.ino()),
-                    // What may not be looked at is asked, and says why it cannot be.
-                    Err(why) if why.kind() == ErrorKind::PermissionDenied => (device, entry.ino()),
-                    // It leads nowhere, or to no socket.
-                    _ => continue,
-                };
-                found.push((true, entry.path(), inode));
-            }
+            found.push((true, entry.path(), inode));
         }
-        // Links come last: a socket has its own name.
-        found.sort_unstable();
-        let mut seen = HashSet::new();
-        found.retain(|(_, _, inode)| seen.insert(*inode));
-        let mut sockets: Vec<_> = found.into_iter().map(|(_, path, _)| path).collect();
-        sockets.sort_unstable();
-        Ok(sockets)
     }
+    // Links come last: a socket has its own name.
+    found.sort_unstable();
+    let mut seen = HashSet::new();
+    found.retain(|(_, _, inode)| seen.insert(*inode));
+    let mut sockets: Vec<_> = found.into_iter().map(|(_, path, _)| path).collect();
+    sockets.sort_unstable();
+    Ok(sockets)
 }
 
 /// `None` where nobody listens: a stale file, or it went away just now.
@@ -326,7 +339,7 @@ mod tests {
 
     #[test]
     fn agents_go_with_their_sockets_unless_they_are_in_use() {
-        let openvpn = OpenVpn::new(PathBuf::new());
+        let openvpn = OpenVpn::new(PathBuf::new(), |_, _| {});
         let count = || lock(&openvpn.agents).len();
         let sockets = ["a", "b"].map(PathBuf::from);
         let in_use = openvpn.agents(&sockets);

@@ -15,69 +15,66 @@ pub(super) const NO_NAME: &str = "UNDEF";
 #[derive(Default)]
 pub struct Report {
     columns: Option<Columns>,
-    /// Those with a common name; they may not have an address yet.
-    pub clients: Vec<Client>,
+    /// Whether its last line has come.
+    pub is_complete: bool,
 }
 
-/// Where the fields of a client's row stand.
-struct Columns {
-    common_name: usize,
-    ipv4: usize,
-    /// OpenVPN has these two since 2.4.
-    ipv6: Option<usize>,
-    id: Option<usize>,
-}
+/// The columns that are read. OpenVPN has the last two since 2.4.
+const NAMES: [&str; 4] = ["Common Name", "Virtual Address", "Virtual IPv6 Address", "Client ID"];
+
+/// Where these columns stand in a client's row.
+struct Columns([Option<usize>; NAMES.len()]);
 
 impl Report {
-    /// Takes the next line, without its end. Whether the report is complete.
+    /// Takes the next line, without its end. The client of which it tells, if that has a common name;
+    /// it may not have an address yet.
     ///
     /// # Errors
     /// What was wrong with it; completes the sentence "sent a reply that was not understood: …".
-    pub fn line(&mut self, line: &str) -> Result<bool, &'static str> {
+    pub fn line<'a>(&mut self, line: &'a str) -> Result<Option<Client<'a>>, &'static str> {
         if let Some(row) = line.strip_prefix("CLIENT_LIST\t") {
             let columns = self.columns.as_ref();
-            let columns = columns.ok_or("a client before the names of the columns")?;
-            self.clients.extend(columns.client(row)?);
+            return columns.ok_or("a client before the names of the columns")?.client(row);
         } else if let Some(names) = line.strip_prefix("HEADER\tCLIENT_LIST\t") {
             self.columns = Some(Columns::find(names)?);
         } else if line == "END" {
             // A report without columns would read like a server without clients.
-            return self.columns.as_ref().map(|_| true).ok_or("a report without clients");
+            self.columns.as_ref().ok_or("a report without clients")?;
+            self.is_complete = true;
         } else if !line.contains('\t') {
             return Err("a line that is no part of a status report");
         }
-        Ok(false)
+        Ok(None)
     }
 }
 
 impl Columns {
     fn find(names: &str) -> Result<Self, &'static str> {
-        let column = |name| names.split('\t').position(|column| column == name);
-        Ok(Self {
-            common_name: column("Common Name").ok_or("a report without common names")?,
-            ipv4: column("Virtual Address").ok_or("a report without addresses")?,
-            ipv6: column("Virtual IPv6 Address"),
-            id: column("Client ID"),
-        })
+        let columns = NAMES.map(|name| names.split('\t').position(|column| column == name));
+        columns[0].ok_or("a report without common names")?;
+        columns[1].ok_or("a report without addresses")?;
+        Ok(Self(columns))
     }
 
     /// `None` for a client without a name.
-    fn client(&self, row: &str) -> Result<Option<Client>, &'static str> {
-        let field = |at: usize| row.split('\t').nth(at).ok_or("a client with missing fields");
+    fn client<'a>(&self, row: &'a str) -> Result<Option<Client<'a>>, &'static str> {
         // A column that this version does not have is like a value that is not there (yet).
-        let or_empty = |at: Option<usize>| at.map_or(Ok(""), field);
-        let common_name = field(self.common_name)?;
-        let client = Client {
-            common_name: common_name.to_owned(),
-            ipv4: field(self.ipv4)?.to_owned(),
-            ipv6: or_empty(self.ipv6)?.to_owned(),
-            id: parsed(or_empty(self.id)?).map_err(|_| "a client whose id is no number")?,
+        let mut fields = self.0.map(|column| column.is_none().then_some(""));
+        // As bytes: a `str` is searched for a tab and then compared with it.
+        for (at, field) in row.as_bytes().split(|byte| *byte == b'\t').enumerate() {
+            if let Some(place) = self.0.iter().position(|column| *column == Some(at)) {
+                fields[place] = str::from_utf8(field).ok();
+            }
+        }
+        let [Some(common_name), Some(ipv4), Some(ipv6), Some(id)] = fields else {
+            return Err("a client with missing fields");
         };
-        let addresses = (parsed::<Ipv4Addr>(&client.ipv4), parsed::<Ipv6Addr>(&client.ipv6));
-        if addresses.0.is_err() || addresses.1.is_err() {
+        let id = parsed(id).map_err(|_| "a client whose id is no number")?;
+        if parsed::<Ipv4Addr>(ipv4).is_err() || parsed::<Ipv6Addr>(ipv6).is_err() {
             return Err("a client whose address is none");
         }
-        Ok((!common_name.is_empty() && common_name != NO_NAME).then_some(client))
+        let client = Client { common_name, ipv4, ipv6, id };
+        Ok(Some(client).filter(|client| !["", NO_NAME].contains(&client.common_name)))
     }
 }
 
@@ -100,18 +97,21 @@ mod tests {
         Connected Since (time_t)\tUsername\tClient ID\tPeer ID\tData Channel Cipher";
 
     /// What a line after this header gives.
-    fn client(header: &str, line: &str) -> Result<Vec<Client>, &'static str> {
+    fn client<'a>(header: &str, line: &'a str) -> Result<Option<Client<'a>>, &'static str> {
         let mut report = Report::default();
-        assert_eq!(report.line(header), Ok(false));
-        report.line(line).map(|complete| {
-            assert!(!complete);
-            report.clients
-        })
+        assert_eq!(report.line(header), Ok(None));
+        let client = report.line(line);
+        assert!(!report.is_complete);
+        client
     }
 
-    fn row(common_name: &str, ipv4: &str, ipv6: &str, id: Option<u64>) -> Vec<Client> {
-        let [common_name, ipv4, ipv6] = [common_name, ipv4, ipv6].map(str::to_owned);
-        vec![Client { common_name, ipv4, ipv6, id }]
+    fn row<'a>(
+        common_name: &'a str,
+        ipv4: &'a str,
+        ipv6: &'a str,
+        id: Option<u64>,
+    ) -> Option<Client<'a>> {
+        Some(Client { common_name, ipv4, ipv6, id })
     }
 
     #[test]
@@ -152,10 +152,12 @@ mod tests {
             "CLIENT_LIST\tUNDEF\tx\t\t\t1\t2\tt\t3\tu\t4\t5\tc",
             "CLIENT_LIST\t\tx\t\t\t1\t2\tt\t3\tu\t4\t5\tc",
         ] {
-            assert_eq!(client(V2_6, line), Ok(vec![]), "{line}");
+            assert_eq!(client(V2_6, line), Ok(None), "{line}");
         }
         let mut report = Report::default();
-        assert_eq!([V2_3, "END"].map(|line| report.line(line)), [Ok(false), Ok(true)]);
+        for (line, is_complete) in [(V2_3, false), ("END", true)] {
+            assert_eq!((report.line(line), report.is_complete), (Ok(None), is_complete));
+        }
     }
 
     #[test]
