@@ -8,6 +8,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, LazyLock, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use log::warn;
@@ -25,6 +26,10 @@ type Work = Box<dyn FnOnce() + Send>;
 /// How much longer than its deadline a caller waits: what the backend itself says of the time-out, at the
 /// deadline, tells more than the caller knows.
 const GRACE: Duration = Duration::from_millis(100);
+
+/// How often a thread lets all others run before it takes a list: on a busy machine, callers who are on
+/// their way join it, and it is read once for them all.
+const YIELDS: usize = 4;
 
 /// Why a backend did not do what it was asked: a sentence that names the device or socket, what is
 /// wrong with it and what to do about it.
@@ -158,8 +163,12 @@ impl<L: Clone + Send + 'static> Agent<L> {
     fn push(self: &Arc<Self>, queue: &mut Queue<L>, job: Job<L>) -> Result<(), Failure> {
         queue.jobs.retain(|job| job.deadline > Instant::now());
         if !queue.has_thread {
-            let agent = Arc::clone(self);
-            THREADS.run(Box::new(move || agent.work())).map_err(|(_, error)| {
+            let (agent, is_list) = (Arc::clone(self), job.callers.is_some());
+            let work = move || {
+                (0..YIELDS).filter(|_| is_list).for_each(|_| thread::yield_now());
+                agent.work();
+            };
+            THREADS.run(Box::new(work)).map_err(|(_, error)| {
                 Failure::Failed(format!("{} cannot be asked: no thread for it: {error}", self.name))
             })?;
             queue.has_thread = true;
