@@ -30,8 +30,9 @@ pub(crate) fn start(
     let node = Arc::new(node);
     let shared = Arc::clone(&node);
     let answers = Threads::new("request", move |(http, request): (Request, routes::Request)| {
-        respond(http, request, &shared, true);
+        drop(respond(http, request, &shared));
     });
+    let rests = Threads::new("answer", Connection::go_on);
     // Started now: when it is needed there is none to be had.
     let (refusals, refused) = mpsc::channel();
     let shared = Arc::clone(&node);
@@ -44,8 +45,11 @@ pub(crate) fn start(
         };
         let request = view(&http);
         // This thread waits for nobody.
-        if request.is_immediate() && is_ready(&http, &node) {
-            respond(http, request, &node, false);
+        if request.is_immediate() {
+            if let Some(client) = respond(http, request, &node) {
+                // Without a thread the client is lost.
+                let _ = rests.run(client);
+            }
         } else if let Err(((http, _), error)) = answers.run((http, request)) {
             warn_seldom("request thread", format_args!("no thread for a request: {error}"));
             match http.body_length() {
@@ -91,37 +95,32 @@ fn refuse(mut http: Request, node: &Node) {
     pass_over(http.as_reader());
     metrics::add("requests_total", &[("call", OTHER), ("status", "503")], 1.0);
     let answer = Error::new(503, "the daemon has run out of threads; try again").into();
-    send(http, answer, node, false);
+    let _ = send(http, answer, node, false);
 }
 
-fn respond(mut http: Request, mut request: routes::Request, node: &Node, patient: bool) {
-    let started = Instant::now();
+/// The client comes back where the rest of an immediate answer has to wait for it.
+fn respond(mut http: Request, mut request: routes::Request, node: &Node) -> Option<Connection> {
+    let (started, patient) = (Instant::now(), !request.is_immediate());
     let answer = AssertUnwindSafe(|| routes::answer(node, &mut request, http.as_reader()));
     let sentence = "internal error; see the log of the daemon";
     let answer: Answer = catch_unwind(answer).unwrap_or_else(|_| Error::new(500, sentence).into());
     routes::record(&request, answer.status, started.elapsed());
     pass_over(http.as_reader());
-    send(http, answer, node, patient);
+    send(http, answer, node, patient)
 }
 
-fn send(http: Request, answer: Answer, node: &Node, patient: bool) {
+/// Without patience, a client that does not take all of its answer at once comes back.
+fn send(http: Request, answer: Answer, node: &Node, patient: bool) -> Option<Connection> {
     let Some(id) = connection(&http) else {
         // One of the daemon's own, which reads no more than the status.
-        return drop(http.respond(Response::empty(answer.status)));
+        let _ = http.respond(Response::empty(answer.status));
+        return None;
     };
     // tiny_http reads the next request, and writes nothing.
     drop(http.into_writer());
-    let client = lock(&node.waiting).remove(&id);
-    if let Some(client) = client {
-        // The panic is in the log; it ends this connection, not the thread that all others need.
-        let _ = catch_unwind(AssertUnwindSafe(|| client.answer(answer, patient)));
-    }
-}
-
-/// Whether the client can take a short answer at once.
-fn is_ready(http: &Request, node: &Node) -> bool {
-    let client = |id| lock(&node.waiting).get(&id).is_some_and(Connection::is_ready);
-    connection(http).is_none_or(client)
+    let client = lock(&node.waiting).remove(&id)?;
+    // The panic is in the log; it ends this connection, not the thread that all others need.
+    catch_unwind(AssertUnwindSafe(|| client.answer(answer, patient))).unwrap_or_default()
 }
 
 /// tiny_http would read what is left of a body into a buffer of that size.

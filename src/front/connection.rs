@@ -3,13 +3,12 @@
 
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::error;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use rustls::{ServerConfig, ServerConnection};
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
@@ -51,7 +50,7 @@ const SHORT_BODY: usize = 1024;
 /// No answer takes this long: a wait beyond it is a defect, not a slow backend.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-const PIECE: usize = 16 * 1024;
+const PIECE: usize = 4 * 1024;
 
 /// Who has come in.
 pub(super) struct Visitor {
@@ -84,7 +83,7 @@ pub(super) fn serve(door: &Arc<Door>, visitor: Visitor) {
     let name = certificate.and_then(tls::certificate::common_name);
     let left =
         validity.map(|of| of.not_after.duration_since(SystemTime::now()).unwrap_or_default());
-    let (back, answered) = mpsc::channel();
+    let (back, answered) = mpsc::sync_channel(1);
     let mut connection = Connection {
         door: Arc::clone(door),
         caller: format!("asked_by={:?} address={address}", name.unwrap_or_default()),
@@ -92,6 +91,7 @@ pub(super) fn serve(door: &Arc<Door>, visitor: Visitor) {
         ends: Instant::now() + left.unwrap_or(LIFE_TIME).min(LIFE_TIME),
         stream,
         buffer: Vec::new(),
+        unsent: Vec::new(),
         is_head: false,
         head: Head::default(),
         is_kept: true,
@@ -129,6 +129,8 @@ pub(crate) struct Connection {
     ends: Instant,
     /// What the client has sent and no request has taken yet.
     buffer: Vec<u8>,
+    /// Of the answer, what the client has not taken at once.
+    unsent: Vec<u8>,
     /// Whether the request's method is HEAD, whose answer has a length but no body.
     is_head: bool,
     /// Of the request that is being answered.
@@ -136,7 +138,7 @@ pub(crate) struct Connection {
     /// Whether another request may follow.
     is_kept: bool,
     /// To the thread that reads.
-    back: mpsc::Sender<Self>,
+    back: mpsc::SyncSender<Self>,
 }
 
 impl Connection {
@@ -150,7 +152,7 @@ impl Connection {
         let is_read = |tls: &ServerConnection| !tls.wants_read();
         let has_more = !self.buffer.is_empty()
             || own.is_some()
-            || self.stream.tls.as_ref().is_some_and(is_read);
+            || self.stream.tls.as_deref().is_some_and(is_read);
         // Nothing is to follow: the thread that answers closes the connection.
         let is_last = !self.head.keep_alive && self.head.content_length == 0;
         let is_over = is_last && !has_more && self.generation.is_none();
@@ -282,7 +284,7 @@ impl Connection {
                 self.place().enter(Phase::Arriving, body_deadline)?;
                 inner.write_all(&rest)?;
                 let body = (&mut self.stream).take(left - 1);
-                io::copy(&mut BufReader::with_capacity(4 * PIECE, body), inner)?;
+                io::copy(&mut BufReader::with_capacity(16 * PIECE, body), inner)?;
                 // With its last byte it can be answered: not before this connection waits for that.
                 rest = vec![0];
                 self.stream.read_exact(&mut rest)?;
@@ -293,20 +295,30 @@ impl Connection {
         Ok((own, rest))
     }
 
-    /// Whether the client can take a short answer at once.
-    pub(crate) fn is_ready(&self) -> bool {
-        let mut ready = [PollFd::new(self.stream.socket.tcp.as_fd(), PollFlags::POLLOUT)];
-        poll(&mut ready, PollTimeout::ZERO).is_ok_and(|count| count > 0)
-    }
-
-    /// Writes the answer, and returns the connection to the thread that reads. A client that does
-    /// not take it at once is lost, unless there is patience.
-    pub(crate) fn answer(mut self, answer: Answer, patient: bool) {
+    /// Writes the answer, and returns the connection to the thread that reads. Without patience, it
+    /// comes back where the client does not take all of it at once: [`Self::go_on`] waits for that.
+    pub(crate) fn answer(mut self, answer: Answer, patient: bool) -> Option<Self> {
         self.stream.socket.patient = patient;
         let in_time = Instant::now() < self.ends;
         self.is_kept =
             self.head.keep_alive && in_time && self.place().is_kept() && self.is_current();
-        if self.write(answer).is_err() {
+        match self.write(answer) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => return Some(self),
+            written => self.finish_answer(written),
+        }
+        None
+    }
+
+    /// Writes the rest of the answer.
+    pub(crate) fn go_on(mut self) {
+        self.stream.socket.patient = true;
+        let unsent = std::mem::take(&mut self.unsent);
+        let written = self.stream.write_all(&unsent).and_then(|()| self.stream.flush());
+        self.finish_answer(written);
+    }
+
+    fn finish_answer(mut self, written: io::Result<()>) {
+        if written.is_err() {
             return;
         }
         let idle = self.ends.min(Instant::now() + IDLE_TIME);
@@ -346,11 +358,13 @@ impl Connection {
         if self.is_head {
             body.clear();
         }
-        let room = (text.len() + length).min(4 * PIECE);
+        // All of a short answer and a byte more: what fills the buffer would not stay in it.
+        let room = (text.len() + length + 1).min(16 * PIECE);
         let mut client = BufWriter::with_capacity(room, &mut self.stream);
         client.write_all(&text)?;
         body.iter().try_for_each(|piece| client.write_all(piece))?;
-        client.flush()
+        let flushed = client.flush();
+        flushed.inspect_err(|_| self.unsent = client.into_parts().1.unwrap_or_default())
     }
 
     /// Ends the connection once the client has read its last answer; what else it sends is thrown
@@ -395,7 +409,7 @@ pub(super) struct Socket {
     pub(super) tcp: Arc<TcpStream>,
     pub(super) place: Place,
     pub(super) heard: bool,
-    /// Whether to wait for a client that is not taking its answer, or to give it up.
+    /// Whether to wait for a client that is not taking its answer; else that is a time-out.
     pub(super) patient: bool,
 }
 
@@ -440,7 +454,7 @@ impl Drop for Socket {
 /// The connection to a client, plain or TLS.
 struct Stream {
     socket: Socket,
-    tls: Option<ServerConnection>,
+    tls: Option<Box<ServerConnection>>,
 }
 
 impl Stream {
@@ -453,7 +467,7 @@ impl Stream {
                 return Err(error);
             }
         }
-        self.tls = Some(tls);
+        self.tls = Some(Box::new(tls));
         Ok(())
     }
 
@@ -480,7 +494,7 @@ impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.tls {
             None => self.socket.read(buffer),
-            Some(tls) => rustls::Stream::new(tls, &mut self.socket).read(buffer),
+            Some(tls) => rustls::Stream::new(tls.as_mut(), &mut self.socket).read(buffer),
         }
     }
 }
@@ -489,14 +503,14 @@ impl Write for Stream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         match &mut self.tls {
             None => self.socket.write(buffer),
-            Some(tls) => rustls::Stream::new(tls, &mut self.socket).write(buffer),
+            Some(tls) => rustls::Stream::new(tls.as_mut(), &mut self.socket).write(buffer),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match &mut self.tls {
             None => Ok(()),
-            Some(tls) => rustls::Stream::new(tls, &mut self.socket).flush(),
+            Some(tls) => rustls::Stream::new(tls.as_mut(), &mut self.socket).flush(),
         }
     }
 }

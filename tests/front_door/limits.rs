@@ -2,6 +2,7 @@
 
 use std::fs::Permissions;
 use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -201,6 +202,38 @@ fn without_threads_backends_are_not_asked_and_node_is_answered() {
     daemon.wait_for_log("no thread for a request: ");
 }
 
+/// With buffers that few answers fill: segments so small keep the daemon's small as well.
+fn connect_narrowly(site: &Site) -> Box<dyn Connection> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let stream = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+    setsockopt(&stream, sockopt::RcvBuf, &4096).unwrap();
+    setsockopt(&stream, sockopt::TcpMaxSeg, &536).unwrap();
+    let address = SockaddrIn::new(127, 0, 0, 1, site.daemon.address.port());
+    connect(stream.as_raw_fd(), &address).unwrap();
+    match &site.tls {
+        None => Box::new(TcpStream::from(stream)),
+        Some((_, client)) => Box::new(pki::connect(client, stream.into()).unwrap()),
+    }
+}
+
+#[test]
+fn who_reads_late_gets_every_answer() {
+    for site in Site::both(&[]) {
+        let mut late = connect_narrowly(&site);
+        let waits = || site.daemon.thread_names().iter().any(|name| name == "answer");
+        let ask = |_: &usize| {
+            late.send(NODE);
+            thread::sleep(Duration::from_millis(2));
+            waits()
+        };
+        let asked = (1..5000).find(ask).expect("an answer that has to wait");
+        for _ in 0..asked {
+            assert_eq!(late.answer().status, 200);
+        }
+        assert_eq!(late.ask(NODE).status, 200);
+    }
+}
+
 /// Nor is a client waited for that takes no answers: it is cut.
 #[test]
 fn without_threads_nobody_waits_for_a_client_that_does_not_read() {
@@ -214,15 +247,7 @@ fn without_threads_nobody_waits_for_a_client_that_does_not_read() {
         command.env("CREDENTIALS_DIRECTORY", pki.credentials_directory());
     });
     let site = Site { daemon, tls: Some((pki, client)) };
-    let mut reads = site.connect();
-    // With segments so small, the daemon's send buffer is small as well.
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let stream = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
-    setsockopt(&stream, sockopt::RcvBuf, &4096).unwrap();
-    setsockopt(&stream, sockopt::TcpMaxSeg, &536).unwrap();
-    let address = SockaddrIn::new(127, 0, 0, 1, site.daemon.address.port());
-    connect(stream.as_raw_fd(), &address).unwrap();
-    let mut deaf = pki::connect(&site.tls.as_ref().unwrap().1, stream.into()).unwrap();
+    let (mut reads, mut deaf) = (site.connect(), connect_narrowly(&site));
     without_threads(&site.daemon);
     let is_cut = (0..5000).any(|_| {
         let is_cut = deaf.try_send(NODE).is_err();
