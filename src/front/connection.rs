@@ -335,6 +335,7 @@ impl Connection {
     /// With a head that tiny_http prints.
     fn write(&mut self, answer: Answer) -> io::Result<()> {
         let Answer { status, mut body, media_type, allow } = answer;
+        self.stream.socket.is_last = !self.is_kept;
         let length: usize = body.iter().map(|piece| piece.len()).sum();
         let mut headers = vec![("Server", "vpn-daemon"), ("Cache-Control", "no-store")];
         headers.extend((!body.is_empty()).then_some(("Content-Type", media_type)));
@@ -411,6 +412,8 @@ pub(super) struct Socket {
     pub(super) heard: bool,
     /// Whether to wait for a client that is not taking its answer; else that is a time-out.
     pub(super) patient: bool,
+    /// Whether nothing but the end of the connection follows, which the kernel then sends with it.
+    pub(super) is_last: bool,
 }
 
 impl Read for Socket {
@@ -425,7 +428,8 @@ impl Read for Socket {
 
 impl Write for Socket {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let mut flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        flags.set(MsgFlags::from_bits_retain(nix::libc::MSG_MORE), self.is_last);
         match send(self.tcp.as_raw_fd(), buffer, flags) {
             Err(Errno::EAGAIN) if self.patient => {
                 self.place.stall(true)?;
