@@ -50,7 +50,8 @@ pub fn check(wanted: &mut [WantedPeer]) -> Result<(), Failure> {
         if !keys.insert(*public_key) {
             return invalid(format!("the peer {public_key} is listed twice"));
         }
-        *allowed_ips = sorted(allowed_ips);
+        allowed_ips.sort_unstable();
+        allowed_ips.dedup();
         for ip in allowed_ips {
             if let Some(owner) = owners.insert(*ip, *public_key) {
                 return invalid(format!(
@@ -75,6 +76,7 @@ pub(super) fn plan<'a>(present: &[Peer], wanted: &'a [WantedPeer]) -> (Synced, V
     for WantedPeer { public_key, allowed_ips } in wanted {
         let set = Change::Set(*public_key, allowed_ips);
         match left.remove(public_key) {
+            Some(peer) if peer.allowed_ips == *allowed_ips => synced.unchanged += 1,
             Some(peer) if sorted(&peer.allowed_ips) == *allowed_ips => synced.unchanged += 1,
             Some(_) => {
                 synced.updated.push(*public_key);

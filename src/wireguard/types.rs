@@ -112,8 +112,9 @@ impl FromStr for AllowedIp {
         let (address, prefix_len) = text.split_once('/').ok_or(MALFORMED)?;
         let address: IpAddr = address.parse().map_err(|_| MALFORMED)?;
         // std's integers also take a sign and leading zeros.
-        let length = prefix_len.parse().ok().filter(|length: &u8| length.to_string() == prefix_len);
-        Self::new(address, length.ok_or(MALFORMED)?)
+        let plain = prefix_len == "0" || !prefix_len.starts_with(['0', '+', '-']);
+        let prefix_len = prefix_len.parse().ok().filter(|_| plain).ok_or(MALFORMED)?;
+        Self::new(address, prefix_len)
             .ok_or("must have a prefix length of at most 32 (IPv4) or 128 (IPv6)")
     }
 }
