@@ -96,7 +96,7 @@ fn names_that_nobody_is_told_by() {
     }
 }
 
-/// A thread that does not go on, as after a panic or a deadlock: it is stopped as a debugger would.
+/// Threads that do not go on, as after a panic or a deadlock: they are stopped as a debugger would.
 #[test]
 fn a_daemon_with_a_dead_thread_is_not_reported_alive() {
     let manager = Manager::new();
@@ -108,17 +108,19 @@ fn a_daemon_with_a_dead_thread_is_not_reported_alive() {
     assert!(started.elapsed() > Duration::from_millis(4 * 300 - 250), "{:?}", started.elapsed());
     // Those that accept, close what is late, and take requests.
     for name in ["accept", "deadlines", "receive"] {
-        let thread = daemon.thread(name);
-        ptrace::attach(thread).unwrap();
-        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        let threads = daemon.threads_of(name);
+        for thread in &threads {
+            ptrace::attach(*thread).unwrap();
+            waitpid(*thread, Some(WaitPidFlag::__WALL)).unwrap();
+        }
         // What was sent before is not a sign of life now.
         let (end, mut is_told) = (Instant::now() + PATIENCE, true);
         while is_told && Instant::now() < end {
             is_told = manager.next_within(Duration::from_millis(1500)).is_some();
         }
         // Before anything is asserted: a thread that is traced outlives SIGKILL.
-        ptrace::detach(thread, None).unwrap();
-        assert!(!is_told, "{name}");
+        threads.iter().for_each(|thread| ptrace::detach(*thread, None).unwrap());
+        assert!(!threads.is_empty() && !is_told, "{name}");
         assert_eq!(manager.next(), "WATCHDOG=1", "{name} goes on");
         assert_eq!(daemon.get("/i/node").status, 200);
     }

@@ -171,9 +171,10 @@ impl Daemon {
         self.threads().map(|(_, name)| name).collect()
     }
 
-    /// The thread of that name.
-    pub fn thread(&self, name: &str) -> nix::unistd::Pid {
-        nix::unistd::Pid::from_raw(self.threads().find(|(_, found)| found == name).unwrap().0)
+    /// All threads of that name.
+    pub fn threads_of(&self, name: &str) -> Vec<nix::unistd::Pid> {
+        let found = self.threads().filter(|(_, found)| found == name);
+        found.map(|(id, _)| nix::unistd::Pid::from_raw(id)).collect()
     }
 
     pub fn open_files(&self) -> usize {
