@@ -27,8 +27,8 @@ type Work = Box<dyn FnOnce() + Send>;
 /// deadline, tells more than the caller knows.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// How often a thread lets all others run before it takes a list: on a busy machine, callers who are on
-/// their way join it, and it is read once for them all.
+/// How often a thread that starts with a list yields first: on a busy machine, callers who are on their
+/// way can still join it.
 const YIELDS: usize = 4;
 
 /// Why a backend did not do what it was asked: a sentence that names the device or socket, what is
@@ -165,7 +165,9 @@ impl<L: Clone + Send + 'static> Agent<L> {
         if !queue.has_thread {
             let (agent, is_list) = (Arc::clone(self), job.callers.is_some());
             let work = move || {
-                (0..YIELDS).filter(|_| is_list).for_each(|_| thread::yield_now());
+                if is_list {
+                    (0..YIELDS).for_each(|_| thread::yield_now());
+                }
                 agent.work();
             };
             THREADS.run(Box::new(work)).map_err(|(_, error)| {

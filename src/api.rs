@@ -98,7 +98,7 @@ struct Failed<'a> {
 }
 
 /// `GET /o/connection_list`, in pieces: most are what [`connection`] has written.
-pub(crate) fn connection_list(listing: &openvpn::Listing) -> Vec<Arc<Vec<u8>>> {
+pub(crate) fn connection_list(listing: &openvpn::Listing) -> serde_json::Result<Vec<Arc<Vec<u8>>>> {
     let piece = |text: &str| Arc::new(text.as_bytes().to_vec());
     let (mut pieces, comma) = (vec![piece(r#"{"connection_list":["#)], piece(","));
     for clients in listing.processes.iter().filter(|clients| clients.count > 0) {
@@ -109,13 +109,12 @@ pub(crate) fn connection_list(listing: &openvpn::Listing) -> Vec<Arc<Vec<u8>>> {
     }
     let failed = listing.failed.iter();
     let failed = failed.map(|SocketFailure { socket, error, .. }| Failed { socket, error });
-    // These strings are fit for JSON, too.
-    let failed = serde_json::to_string(&failed.collect::<Vec<_>>()).unwrap_or_default();
+    let failed = serde_json::to_string(&failed.collect::<Vec<_>>())?;
     pieces.push(match listing.failed.is_empty() {
         true => piece("]}"),
         false => piece(&format!(r#"],"failed":{failed}}}"#)),
     });
-    pieces
+    Ok(pieces)
 }
 
 /// Why a call failed: a status of the contract and one sentence for people.
@@ -280,7 +279,7 @@ mod tests {
         };
         let mut list = openvpn::Listing { processes: vec![of(&[])], failed: vec![] };
         let json = |list: &_| {
-            let pieces = connection_list(list);
+            let pieces = connection_list(list).unwrap();
             pieces.iter().map(|piece| str::from_utf8(piece).unwrap()).collect::<String>()
         };
         assert_eq!(json(&list), r#"{"connection_list":[]}"#);

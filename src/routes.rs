@@ -284,7 +284,7 @@ fn read_list(request: &Request, body: &mut dyn Read, room: &mut Room) -> Result<
 }
 
 fn connection_list(node: &Node, _: &mut Request, _: &mut dyn Read) -> Result<Answer, Error> {
-    Ok(ok(api::connection_list(&node.openvpn.clients(deadline())?)))
+    api::connection_list(&node.openvpn.clients(deadline())?).map(ok).map_err(unwritable)
 }
 
 fn disconnect(node: &Node, request: &mut Request, body: &mut dyn Read) -> Result<Answer, Error> {
@@ -309,9 +309,11 @@ pub(crate) fn is_online(peer: &wireguard::Peer, now: SystemTime) -> bool {
 const NO_CONTENT: Answer = Answer { status: 204, body: Vec::new(), media_type: JSON, allow: None };
 
 fn json(value: &impl serde::Serialize) -> Result<Answer, Error> {
-    let body = serde_json::to_vec(value)
-        .map_err(|error| Error::new(500, format!("the answer could not be written: {error}")))?;
-    Ok(ok(vec![Arc::new(body)]))
+    serde_json::to_vec(value).map(|body| ok(vec![Arc::new(body)])).map_err(unwritable)
+}
+
+fn unwritable(error: serde_json::Error) -> Error {
+    Error::new(500, format!("the answer could not be written: {error}"))
 }
 
 fn ok(body: Vec<Arc<Vec<u8>>>) -> Answer {

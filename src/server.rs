@@ -17,8 +17,7 @@ use crate::metrics::{self, OTHER};
 use crate::routes::{self, Answer, Node};
 use crate::threads::Threads;
 
-/// Threads that take requests. Three answer a fifth more of them than one, which would have to be woken up
-/// for nearly each, and mostly on another CPU.
+/// Threads that take requests: a single one would have to be woken up for nearly each.
 const RECEIVERS: usize = 3;
 
 /// Serves the inner socket. `failed` is called if tiny_http ever gives up.
@@ -42,13 +41,15 @@ pub(crate) fn start(
     let shared = Arc::clone(&node);
     let refuse_all = move || refused.into_iter().for_each(|http| refuse(http, &shared));
     thread::Builder::new().name("refusals".to_owned()).spawn(refuse_all)?;
-    // It waits for nobody.
+    // What a thread does that takes requests: it waits for no client.
     let take = move |http: Request| {
         let request = view(&http);
         if request.is_immediate() {
-            if let Some(client) = respond(http, request, &node) {
-                // Without a thread the client is lost.
-                let _ = rests.run(client);
+            if let Some(client) = respond(http, request, &node)
+                && let Err((_cut, error)) = rests.run(client)
+            {
+                let text = format_args!("no thread for the rest of an answer: {error}");
+                warn_seldom("answer thread", text);
             }
         } else if let Err(((http, _), error)) = answers.run((http, request)) {
             warn_seldom("request thread", format_args!("no thread for a request: {error}"));
@@ -62,7 +63,8 @@ pub(crate) fn start(
     let receive = Arc::new(move || {
         loop {
             match http.recv() {
-                Ok(http) => take(http),
+                // The panic is in the log; it ends one request, not the thread.
+                Ok(http) => drop(catch_unwind(AssertUnwindSafe(|| take(http)))),
                 Err(error) => return failed(&error),
             }
         }
@@ -110,7 +112,7 @@ fn refuse(mut http: Request, node: &Node) {
     let _ = send(http, answer, node, false);
 }
 
-/// The client comes back where the rest of an immediate answer has to wait for it.
+/// The client comes back if it has not taken all of an immediate answer yet.
 fn respond(mut http: Request, mut request: routes::Request, node: &Node) -> Option<Connection> {
     let (started, patient) = (Instant::now(), !request.is_immediate());
     let answer = AssertUnwindSafe(|| routes::answer(node, &mut request, http.as_reader()));
@@ -121,7 +123,7 @@ fn respond(mut http: Request, mut request: routes::Request, node: &Node) -> Opti
     send(http, answer, node, patient)
 }
 
-/// Without patience, a client that does not take all of its answer at once comes back.
+/// Without patience, the client comes back if it has not taken all of the answer yet.
 fn send(http: Request, answer: Answer, node: &Node, patient: bool) -> Option<Connection> {
     let Some(id) = connection(&http) else {
         // One of the daemon's own, which reads no more than the status.
@@ -131,7 +133,7 @@ fn send(http: Request, answer: Answer, node: &Node, patient: bool) -> Option<Con
     // tiny_http reads the next request, and writes nothing.
     drop(http.into_writer());
     let client = lock(&node.waiting).remove(&id)?;
-    // The panic is in the log; it ends this connection, not the thread that all others need.
+    // The panic is in the log; it ends this connection, not a thread that takes requests.
     catch_unwind(AssertUnwindSafe(|| client.answer(answer, patient))).unwrap_or_default()
 }
 

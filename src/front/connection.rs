@@ -50,6 +50,7 @@ const SHORT_BODY: usize = 1024;
 /// No answer takes this long: a wait beyond it is a defect, not a slow backend.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Read from a client at a time; long bodies and answers go in sixteen of these.
 const PIECE: usize = 4 * 1024;
 
 /// Who has come in.
@@ -296,7 +297,8 @@ impl Connection {
     }
 
     /// Writes the answer, and returns the connection to the thread that reads. Without patience, it
-    /// comes back where the client does not take all of it at once: [`Self::go_on`] waits for that.
+    /// comes back where the client does not take all of it at once: [`Self::go_on`] waits for that. Such
+    /// an answer is to be shorter than the buffer of [`Self::write`].
     pub(crate) fn answer(mut self, answer: Answer, patient: bool) -> Option<Self> {
         self.stream.socket.patient = patient;
         let in_time = Instant::now() < self.ends;
@@ -332,10 +334,10 @@ impl Connection {
         let _ = back.send(self);
     }
 
-    /// With a head that tiny_http prints.
+    /// Writes head and body; tiny_http formats the head.
     fn write(&mut self, answer: Answer) -> io::Result<()> {
         let Answer { status, mut body, media_type, allow } = answer;
-        self.stream.socket.is_last = !self.is_kept;
+        self.stream.socket.is_final = !self.is_kept;
         let length: usize = body.iter().map(|piece| piece.len()).sum();
         let mut headers = vec![("Server", "vpn-daemon"), ("Cache-Control", "no-store")];
         headers.extend((!body.is_empty()).then_some(("Content-Type", media_type)));
@@ -412,8 +414,8 @@ pub(super) struct Socket {
     pub(super) heard: bool,
     /// Whether to wait for a client that is not taking its answer; else that is a time-out.
     pub(super) patient: bool,
-    /// Whether nothing but the end of the connection follows, which the kernel then sends with it.
-    pub(super) is_last: bool,
+    /// No more answers follow: the kernel holds a last short segment back, and sends it with the end.
+    pub(super) is_final: bool,
 }
 
 impl Read for Socket {
@@ -429,7 +431,7 @@ impl Read for Socket {
 impl Write for Socket {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let mut flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        flags.set(MsgFlags::from_bits_retain(nix::libc::MSG_MORE), self.is_last);
+        flags.set(MsgFlags::from_bits_retain(nix::libc::MSG_MORE), self.is_final);
         match send(self.tcp.as_raw_fd(), buffer, flags) {
             Err(Errno::EAGAIN) if self.patient => {
                 self.place.stall(true)?;

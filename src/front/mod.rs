@@ -222,7 +222,7 @@ impl Door {
                 format_args!("too many connections: closed one of {}", address.ip()),
             );
         };
-        let socket = Socket { tcp, place, heard: false, patient: true, is_last: false };
+        let socket = Socket { tcp, place, heard: false, patient: true, is_final: false };
         if let Err((_visitor, error)) = threads.run(Visitor { socket, address, deadline }) {
             metrics::add("connections_refused_total", &[("reason", "threads")], 1.0);
             self.relieve("no thread for a connection", &error);

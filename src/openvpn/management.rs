@@ -69,8 +69,11 @@ pub fn disconnect(
         disconnected.store(count, Relaxed);
     } else {
         let mut ids = Vec::new();
-        conversation
-            .status(|client| ids.extend((client.common_name == name).then_some(client.id)))?;
+        conversation.status(|client| {
+            if client.common_name == name {
+                ids.push(client.id);
+            }
+        })?;
         let ids: Option<Vec<u64>> = ids.into_iter().collect();
         // OpenVPN tells such a client to restart and lets go of it some seconds later.
         for id in ids.ok_or_else(|| not_understood("a client without an id"))? {

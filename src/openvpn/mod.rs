@@ -29,7 +29,7 @@ const MAX_SOCKETS: usize = 1024;
 /// where its greeting is overdue.
 pub(crate) const MAX_DESCRIPTORS: u64 = 2 * MAX_SOCKETS as u64;
 
-/// Bytes that are written of 64 clients, which are usual for a process.
+/// Room for what is written of a usual process: 64 clients.
 const ROOM: usize = 8 * 1024;
 
 /// The name on a client's certificate: 1 to 64 characters, no control characters.
@@ -51,7 +51,7 @@ pub struct Client<'a> {
 }
 
 /// The clients of one process.
-#[derive(Clone, Default, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Clients {
     pub(crate) count: usize,
     /// What was written of each, one behind the other.
@@ -134,6 +134,7 @@ impl OpenVpn {
                     count += 1;
                     write(client, &mut text);
                 });
+                text.shrink_to_fit();
                 there(list.map(|()| {
                     let (socket, time) = (file_name(&socket), started.elapsed().as_secs_f64());
                     metrics::set("openvpn_answer_seconds", &[("socket", &socket)], time);
@@ -199,7 +200,7 @@ impl OpenVpn {
         // All of them begin before the first one is waited for.
         let jobs: Vec<_> = jobs.collect();
         let (mut answers, mut failed) = (Vec::new(), Vec::new());
-        // Who began last mostly ends last. Then all others are there, and this thread wakes up once.
+        // From the last: it mostly ends last, so that this thread is woken up about once, not for each.
         for (socket, job) in sockets.iter().zip(jobs).rev() {
             match job.and_then(|job| job.wait(deadline)) {
                 Ok(answer) => answers.push((file_name(socket), answer)),

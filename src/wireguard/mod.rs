@@ -146,13 +146,13 @@ impl WireGuard {
             }
             *lock(&shared) = (changes.len(), 0);
             backend.apply(&changes, &present, &mut |more| {
-                let (_, applied) = &mut *lock(&shared);
+                let applied = lock(&shared).1;
                 // Their counters are not to be lost with an answer that comes too late.
-                for peer in synced.removed.iter().skip(*applied).take(more) {
+                for peer in synced.removed.iter().skip(applied).take(more) {
                     metrics::removed(peer);
                     info!("{}", removed(peer, name, asked_by));
                 }
-                *applied += more;
+                lock(&shared).1 += more;
             })?;
             Ok(synced)
         });
